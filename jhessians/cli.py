@@ -1,0 +1,274 @@
+"""The command line: parse, run one command, and end every failure in one line.
+
+Exit codes: 0 done; 1 an error in the input or the machine; 2 wrong usage or options; 70 a
+fault of jhessians itself; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+from jhessians.config import ComputeConfig
+from jhessians.console import quiet_libraries, report_failure
+from jhessians.errors import ConfigError
+from jhessians.options import Option, did_you_mean, options_of, parse_flag
+from jhessians.progress import Progress
+from jhessians.version import __version__
+
+PROGRAM = "jhessians"
+
+COMPUTE_USAGE = f"{PROGRAM} compute RUN_PATH [--model NAME --dataset NAME] [options]"
+COMPUTE_EXAMPLES = """\
+examples:
+  jhessians compute runs/demo
+  jhessians compute runs/pythia --model EleutherAI/pythia-160m \\
+      --dataset NeelNanda/pile-10k --max_tokens 1000000 --truncation
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what argparse would print, so that every error takes the same way out."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Long option names on a line of their own, texts in one column."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+
+def build_compute_parser() -> argparse.ArgumentParser:
+    """The parser of `compute`, from the options of `ComputeConfig`."""
+    parser = _Parser(
+        prog=f"{PROGRAM} compute",
+        usage=COMPUTE_USAGE,
+        description=(
+            "Fit Kronecker-factored curvature of a language model and write it as torch\n"
+            "bergson reads it. Without --model and --dataset it runs on a small embedded demo."
+        ),
+        epilog=COMPUTE_EXAMPLES,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    general = parser.add_argument_group("general")
+    general.add_argument(
+        "run_path", nargs="?", metavar="RUN_PATH", help="Folder to write; must not exist yet."
+    )
+    general.add_argument(
+        "--config",
+        metavar="FILE",
+        help="Replay a run: take every option from its config.yaml (--overwrite excepted), "
+        "then those given here.",
+    )
+    general.add_argument("-h", "--help", action="help", help="Show this text and leave.")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for each in options_of(ComputeConfig):
+        group = groups.setdefault(each.group, parser.add_argument_group(each.group))
+        _add_option(group, each)
+    return parser
+
+
+def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
+    text = f"{option.help} [default: {option.default_in_words}]".replace("%", "%%")
+    flag = f"--{option.name}"
+    if option.kind == "flag":
+        group.add_argument(flag, type=_flag_word, metavar="{true,false}", help=text)
+    elif option.kind == "list":
+        group.add_argument(flag, nargs="+", metavar=option.metavar, help=text)
+    elif option.choices:
+        # The config checks choices itself: its message suggests near misses.
+        metavar = "{" + ",".join(option.choices) + "}"
+        group.add_argument(flag, metavar=metavar, help=text)
+    else:
+        number = int if option.kind == "integer" else str
+        group.add_argument(flag, type=number, metavar=option.metavar or "VALUE", help=text)
+
+
+def _flag_word(word: str) -> bool:
+    try:
+        return parse_flag(word)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def normalize_flags(arguments: Sequence[str], options: Sequence[Option]) -> list[str]:
+    """Spell every flag as argparse knows it.
+
+    `--token-batch-size` becomes `--token_batch_size`, and a bare `--fsdp` becomes `--fsdp=true`,
+    so that it does not swallow a RUN_PATH that follows.
+
+    Raises:
+        ConfigError: If a flag is unknown, with the nearest ones.
+    """
+    kinds: dict[str, str] = {each.name: each.kind for each in options}
+    known = [*kinds, "config", "help"]
+    result: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            return [*result, word, *words]
+        if not word.startswith("--"):
+            result.append(word)
+            continue
+        typed, equals, value = word[2:].partition("=")
+        name = typed.replace("-", "_")
+        if name not in known:
+            hint = did_you_mean(name, known, prefix="--")
+            raise ConfigError(f"unknown option --{typed}{hint or '; see --help for all'}")
+        if kinds.get(name) == "flag" and not equals:
+            value = words.pop(0) if words and _is_flag_word(words[0]) else "true"
+            equals = "="
+        result.append(f"--{name}{equals}{value}")
+    return result
+
+
+def _is_flag_word(word: str) -> bool:
+    # Only the two words that --help names: a RUN_PATH may be called `1`.
+    return word.lower() in ("true", "false")
+
+
+def parse_compute(arguments: Sequence[str]) -> ComputeConfig:
+    """The config that a `compute` command line asks for, checked as a whole.
+
+    Raises:
+        ConfigError: If an option is unknown, wrong, or clashes with another.
+    """
+    parser = build_compute_parser()
+    given = vars(parser.parse_args(normalize_flags(arguments, options_of(ComputeConfig))))
+    replayed = given.pop("config", None)
+    values = {}
+    if replayed is not None:
+        # Replacing a folder is a decision for today, not one to repeat from a file.
+        values = replace(ComputeConfig.from_yaml(replayed), overwrite=False).resolved_dict()
+    run_path = given.pop("run_path", None)
+    if run_path is not None:
+        values["run_path"] = run_path
+    if "run_path" not in values:
+        after = " (put it before --modules)" if "modules" in given else ""
+        raise ConfigError(
+            f"RUN_PATH is missing; give the folder to write{after}, "
+            f"such as {PROGRAM} compute runs/demo"
+        )
+    config = ComputeConfig.from_dict(values | given, where="the command line")
+    config.validate()
+    return config
+
+
+def run_compute(arguments: Sequence[str], *, on_debug: Callable[[], None]) -> None:
+    """`jhessians compute`: calls `jhessians.pipeline.compute` and prints its summary.
+
+    Args:
+        arguments: What follows the command's name.
+        on_debug: Called if tracebacks are wanted from here on.
+    """
+    config = parse_compute(arguments)
+    if config.debug:
+        on_debug()
+    with quiet_libraries(debug=config.debug, quiet=config.quiet), _float64(config.needs_float64):
+        # jax and transformers take seconds to import: --help must not wait for them.
+        from jhessians.pipeline import compute
+        from jhessians.report.summary import render
+
+        progress = Progress(quiet=config.quiet)
+        summary = compute(config, progress)
+        # The pipeline quietens every process but the first one of several hosts.
+        if not progress.quiet:
+            print(render(summary), flush=True)
+
+
+@contextmanager
+def _float64(wanted: bool) -> Iterator[None]:
+    """Let JAX hold 64-bit arrays, which it must know before it makes its first one."""
+    if not wanted:
+        yield
+        return
+    import jax
+
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: a line for `--help`, and what runs it."""
+
+    summary: str
+    run: Callable[..., None]
+
+
+COMMANDS = {
+    "compute": Command("fit KFAC or EKFAC factors of a model on a data set", run_compute),
+}
+
+
+def _top_help() -> str:
+    lines = [
+        f"usage: {PROGRAM} COMMAND ...",
+        "",
+        "Kronecker-factored curvature of language models in JAX, for torch bergson.",
+        "",
+        "commands:",
+        *(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "options:",
+        "  -h, --help  show this text and leave",
+        "  --version   show the version and leave",
+        "",
+        f"`{PROGRAM} COMMAND --help` explains a command. To begin: {PROGRAM} compute runs/demo",
+    ]
+    return "\n".join(lines)
+
+
+def _dispatch(arguments: Sequence[str], on_debug: Callable[[], None]) -> None:
+    if not arguments:
+        raise ConfigError(f"no command given; try {PROGRAM} --help")
+    name, *rest = arguments
+    if name in ("-h", "--help"):
+        print(_top_help())
+    elif name == "--version":
+        print(f"{PROGRAM} {__version__}")
+    elif name in COMMANDS:
+        COMMANDS[name].run(rest, on_debug=on_debug)
+    else:
+        hint = did_you_mean(name, COMMANDS) or f"; there are: {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown command {name!r}{hint}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code; nothing but `--help` leaves early.
+
+    Args:
+        arguments: Words after the program's name, `sys.argv` by default.
+    """
+    debug = False
+
+    def on_debug() -> None:
+        nonlocal debug
+        debug = True
+
+    try:
+        _dispatch(sys.argv[1:] if arguments is None else list(arguments), on_debug)
+    except SystemExit as leaving:
+        # argparse's --help.
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        return report_failure(error)
+    return 0

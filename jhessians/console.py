@@ -1,0 +1,146 @@
+"""What reaches standard error besides progress: one line per warning, one per failure."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jhessians.errors import ConfigError, UserError
+
+NOISY_LIBRARIES = (
+    "absl", "datasets", "filelock", "flax", "fsspec", "httpx", "huggingface_hub", "jax",
+    "jaxlib", "orbax", "transformers", "urllib3",
+)  # fmt: skip
+
+# Read when a library is imported, so they are set before; a user's own setting wins.
+QUIET_ENVIRONMENT = {
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+EXIT_INPUT = 1
+EXIT_USAGE = 2
+EXIT_FAULT = 70
+EXIT_INTERRUPTED = 130
+
+
+class _OneLineHandler(logging.Handler):
+    """Writes `jhessians: warning: ...` to whatever standard error is at that moment.
+
+    A live progress bar replaces `sys.stderr` while it is drawn; a stream that was kept from
+    before would write through it.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = record.levelname.lower()
+        print(f"jhessians: {level}: {one_line(record.getMessage())}", file=sys.stderr)
+
+
+@contextmanager
+def quiet_libraries(*, debug: bool, quiet: bool) -> Iterator[None]:
+    """Turn warnings and logs into single lines, and keep the libraries' own chatter back.
+
+    Everything is put back at the end.
+
+    Args:
+        debug: Let everything through, down to level INFO.
+        quiet: Errors only.
+    """
+    root = logging.getLogger()
+    handler = _OneLineHandler()
+    root_level = root.level
+    levels = {name: logging.getLogger(name).level for name in NOISY_LIBRARIES}
+    environment = {} if debug else {
+        name: value for name, value in QUIET_ENVIRONMENT.items() if name not in os.environ
+    }
+    with warnings.catch_warnings():
+        root.addHandler(handler)
+        root.setLevel(logging.ERROR if quiet else logging.INFO if debug else logging.WARNING)
+        if not debug:
+            os.environ.update(environment)
+            for name in NOISY_LIBRARIES:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+                warnings.simplefilter("ignore", category)
+        warnings.showwarning = _log_warning
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+            root.setLevel(root_level)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+            for name in environment:
+                os.environ.pop(name, None)
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+) -> None:
+    logging.getLogger("jhessians").warning("%s", message)
+
+
+def one_line(text: str) -> str:
+    """The text with every run of white space, line breaks included, as one space."""
+    return " ".join(text.split())
+
+
+def report_failure(error: BaseException) -> int:
+    """Say in one line on standard error what went wrong.
+
+    Returns:
+        The exit code that goes with it.
+    """
+    message, code = _describe(error)
+    print(f"jhessians: error: {one_line(message)}", file=sys.stderr)
+    return code
+
+
+def _describe(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, ConfigError):
+        return str(error), EXIT_USAGE
+    if isinstance(error, UserError):
+        return str(error), EXIT_INPUT
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", EXIT_INTERRUPTED
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" while writing {cause.filename}" if cause.filename else ""
+            return f"the disk is full{where}; free some space and run again", EXIT_INPUT
+    if isinstance(error, MemoryError) or _is_out_of_device_memory(error):
+        return "out of memory; try a smaller --token_batch_size, or --fsdp", EXIT_INPUT
+    if isinstance(error, PermissionError):
+        return f"no permission: {error.filename or error}; choose another RUN_PATH", EXIT_INPUT
+    detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return (
+        f"unexpected {detail} (run again with --debug for a traceback, and please report it)",
+        EXIT_FAULT,
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        yield each
+        each = each.__cause__ or each.__context__
+
+
+def _is_out_of_device_memory(error: BaseException) -> bool:
+    # An error of JAX's cannot come up before JAX is imported, which --help never does.
+    jax = sys.modules.get("jax")
+    return (
+        jax is not None
+        and isinstance(error, jax.errors.JaxRuntimeError)
+        and "RESOURCE_EXHAUSTED" in str(error)
+    )

@@ -1,0 +1,33 @@
+"""Errors that a user can cause and mend.
+
+Every message is one line: what was given, what was expected, what to do. The command line
+prints it and exits non-zero; a library caller catches `UserError` or one of its kinds.
+"""
+
+
+class UserError(Exception):
+    """Base of every error whose cause lies in the input, not in jhessians."""
+
+
+class ConfigError(UserError):
+    """An option, or a combination of options, that makes no sense."""
+
+
+class CheckpointError(UserError):
+    """A model folder or file that can't be read as the model it claims to be."""
+
+
+class DatasetError(UserError):
+    """A data set that can't be read, or that holds nothing to compute on."""
+
+
+class MeshError(UserError):
+    """Devices that were asked for and do not exist."""
+
+
+class NumericsError(UserError):
+    """NaN or infinity where a finite number is needed; the message names the module."""
+
+
+class OutputError(UserError):
+    """A result that can't be written: it exists already, the disk is full, no permission."""

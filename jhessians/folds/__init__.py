@@ -1,0 +1,1 @@
+"""What can be summed over documents at every linear. One statistic, one file."""

@@ -1,0 +1,73 @@
+"""Gram matrices xᵀx, of which only the upper block rows are ever computed.
+
+x: [row, feature]. A Gram of d features is kept packed: B blocks of consecutive rows, block k from
+its own first column to the last, so that it holds the diagonal block and all to the right of it.
+With B = 4 that is 0.625 of the arithmetic and of the memory; 8 blocks were no faster.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jhessians.typing import Array, Float
+
+BLOCKS = 4
+SMALLEST = 512  # measured on CPU: below, the smaller products cost more than the halves save
+
+
+def block_bounds(d: int) -> list[tuple[int, int]]:
+    """First and last+1 row of each block of a packed d × d matrix."""
+    blocks = BLOCKS if d >= SMALLEST else 1
+    edges = [d * k // blocks for k in range(blocks + 1)]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def packed_shapes(d: int) -> tuple[tuple[int, int], ...]:
+    """Shapes of the blocks of a packed d × d matrix: (rows, d - first row)."""
+    return tuple((stop - start, d - start) for start, stop in block_bounds(d))
+
+
+def packed_gram(
+    x: Float[Array, "r d"], *, multiple: int = 1, dtype: jnp.dtype | None = None
+) -> tuple[Float[Array, "_ _"], ...]:
+    """The packed Gram of x.
+
+    Args:
+        x: Rows to sum over, masked.
+        multiple: Blocks' rows are padded with zeros to a multiple of this, the operand rather
+            than the product.
+        dtype: In which to accumulate; default that of x.
+
+    Returns:
+        One array per block, (padded rows, d - first row).
+    """
+    dtype = jnp.dtype(dtype or x.dtype)
+    if dtype.itemsize > 4:
+        x = x.astype(dtype)
+    blocks = []
+    for start, stop in block_bounds(x.shape[1]):
+        left = x[:, start:stop]
+        if missing := -(stop - start) % multiple:
+            left = jnp.pad(left, ((0, 0), (0, missing)))
+        blocks.append(
+            lax.dot_general(left, x[:, start:], (((0,), (0,)), ((), ())),
+                            preferred_element_type=dtype)
+        )  # fmt: skip
+    return tuple(blocks)
+
+
+def unpack(blocks: Sequence[Array | np.ndarray], d: int) -> np.ndarray:
+    """The whole symmetric matrix on the host, from blocks whose rows may be padded.
+
+    Only the upper triangle of each diagonal block is used, so the result is exactly symmetric.
+    """
+    full = np.empty((d, d), np.asarray(blocks[0]).dtype)
+    for (start, stop), block in zip(block_bounds(d), blocks, strict=True):
+        rows = np.asarray(block)[: stop - start]
+        full[start:stop, start:] = rows
+        full[stop:, start:stop] = rows[:, stop - start :].T
+        square = full[start:stop, start:stop]
+        square[...] = np.triu(square) + np.triu(square, 1).T
+    return full

@@ -1,0 +1,115 @@
+"""Devices: the mesh, how arrays lie on it, and how a host's data gets there.
+
+One set of devices serves three purposes at once: documents are spread over it, rows of statistics
+are sharded over it, and with `fsdp` so are the model's parameters. All of its axes always act
+together; there are several only so that each collective runs over a short one.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jhessians.errors import MeshError
+from jhessians.typing import Array, PyTree
+
+LONGEST_AXIS = (
+    8  # measured: from 16 chips on, a flat axis turns a reduce-scatter into an all-reduce
+)
+
+
+def make_mesh(devices: int | None = None) -> Mesh:
+    """A mesh of the first `devices` devices of all hosts, by default of all.
+
+    Raises:
+        MeshError: If there are fewer, or a host would be left without one.
+    """
+    available = jax.devices()
+    count = len(available) if devices is None else devices
+    if not 1 <= count <= len(available):
+        hint = (
+            "; virtual ones come from XLA_FLAGS=--xla_force_host_platform_device_count=N"
+            if jax.default_backend() == "cpu"
+            else ""
+        )
+        raise MeshError(
+            f"--world_size asks for {count} devices, but JAX sees {len(available)} "
+            f"({available[0].platform}); ask for 1 to {len(available)}{hint}"
+        )
+    if jax.process_count() > 1 and count != len(available):
+        raise MeshError(
+            f"--world_size {count} would leave some of the {jax.process_count()} hosts idle; "
+            f"with several hosts use all {len(available)} devices"
+        )
+    shape = _axis_sizes(count)
+    names = tuple(f"devices{i}" for i in range(len(shape)))
+    return jax.make_mesh(
+        shape, names, devices=available[:count],
+        axis_types=(jax.sharding.AxisType.Auto,) * len(shape),
+    )  # fmt: skip
+
+
+def _axis_sizes(count: int) -> tuple[int, ...]:
+    """`count` as a product of factors up to LONGEST_AXIS, where its divisors allow."""
+    sizes = []
+    while count > LONGEST_AXIS:
+        factor = next((f for f in range(LONGEST_AXIS, 1, -1) if count % f == 0), count)
+        sizes.append(factor)
+        count //= factor
+    return (*sizes, count) if count > 1 or not sizes else tuple(sizes)
+
+
+def axis_names(mesh: Mesh) -> tuple[str, ...]:
+    """All axes, in the order in which they shard rows."""
+    return tuple(mesh.axis_names)
+
+
+def mark_sharded(model: nnx.Module, mesh: Mesh) -> None:
+    """Note in each parameter's metadata along which axis `fsdp` shards it.
+
+    The axis is counted from the end, so that it holds with and without a stack's layer axis: the
+    longest of the last two that the devices divide. Parameters without one stay whole.
+    """
+    for _, parameter in nnx.iter_graph(model):
+        if isinstance(parameter, nnx.Param) and mesh.size > 1:
+            shape = parameter.shape[-2:]
+            fits = [i - len(shape) for i, size in enumerate(shape) if size % mesh.size == 0]
+            if fits and math.prod(parameter.shape) >= mesh.size * 1024:
+                parameter.set_metadata(sharded_axis=max(fits, key=lambda i: shape[i]))
+
+
+def parameter_specs(state: nnx.State, mesh: Mesh) -> PyTree[P]:
+    """One spec per parameter, in the structure of `state`."""
+
+    def spec(variable: Any) -> Any:
+        axis = variable.get_metadata().get("sharded_axis")
+        if axis is None:
+            return variable.replace(P())
+        parts: list[Any] = [None] * len(variable.shape)
+        parts[axis] = axis_names(mesh)
+        return variable.replace(P(*parts))
+
+    return jax.tree.map(spec, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def put_batch(batch: PyTree[np.ndarray], mesh: Mesh) -> PyTree[Array]:
+    """Spread this host's rows of a batch over its devices; together they are the global batch."""
+    sharding = NamedSharding(mesh, P(axis_names(mesh)))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def fetch(array: Array, index: Callable[[Array], Array] = lambda x: x) -> np.ndarray:
+    """Bring `index(array)` to every host as numpy."""
+    part = index(array)
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(part, tiled=True))
+    return np.asarray(part)

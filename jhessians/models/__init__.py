@@ -1,0 +1,1 @@
+"""One config-driven decoder, from which every supported family is made."""

@@ -1,0 +1,261 @@
+"""The mechanism that shows every linear's input and output gradient to a fold.
+
+A `Tape` travels with one forward pass and threads the running statistics through it. Each tapped
+linear is a `jax.custom_vjp` that hands the statistics on unchanged; in the backward pass their
+*cotangent* is the running sum, to which the linear adds its fold's term. So `jax.vjp`, started
+from the sums accumulated so far, returns the new sums in place: no weight gradient exists, no
+second copy of a factor exists, and no backward pass is written by hand.
+
+a: [document, position, in], a linear's input. g: [document, position, out], the loss gradient at
+its output.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jhessians.typing import Array, Bool, Float, PyTree
+
+Statistics = dict[str, Any]  # site name -> the fold's pytree, with a leading layer axis in stacks
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer, or all of a stack's linears of one name, as a fold sees it.
+
+    Attributes:
+        name: Its name; `{layer}` stands for the layer's number.
+        in_features: I.
+        out_features: O.
+        use_bias: Whether it has a bias.
+        ones: Whether the bias counts as one more input, always one: I' = I + 1.
+        layers: The layers of the stack that are recorded, ascending; None outside a stack.
+        stack_size: How many layers the stack has; None outside a stack.
+        input_site: The site that keeps what depends on the input alone: this one, or an earlier
+            one that reads the same array, as key and value do with query.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    use_bias: bool
+    ones: bool = False
+    layers: tuple[int, ...] | None = None
+    stack_size: int | None = None
+    input_site: str = ""
+
+    @property
+    def inputs(self) -> int:
+        """I', the columns of `a` and of the weight gradient."""
+        return self.in_features + self.ones
+
+    @property
+    def owns_input(self) -> bool:
+        return self.input_site == self.name
+
+    def module_names(self) -> list[str]:
+        """The full names of the modules that this site stands for, in the order of its arrays."""
+        if self.layers is None:
+            return [self.name]
+        return [self.name.format(layer=layer) for layer in self.layers]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What a fold may know of the batch on its device.
+
+    Attributes:
+        mask: The positions that count; None if all do.
+        axes: The mesh axes that rows are sharded over; none on a single device.
+        shards: The product of their sizes.
+    """
+
+    mask: Bool[Array, "n s"] | None = None
+    axes: tuple[str, ...] = field(default=(), metadata={"static": True})
+    shards: int = field(default=1, metadata={"static": True})
+
+    def padded(self, rows: int) -> int:
+        """`rows` rounded up to a multiple of the shards."""
+        return -(-rows // self.shards) * self.shards
+
+    def gather_rows(self, x: Float[Array, "local *rest"], rows: int) -> Float[Array, "r *rest"]:
+        """All `rows` rows of an operand that is sharded by rows."""
+        for axis in reversed(self.axes):
+            x = lax.all_gather(x, axis, axis=0, tiled=True)
+        return x[:rows]
+
+    def scatter_rows(self, x: Float[Array, "r *rest"]) -> Float[Array, "local *rest"]:
+        """This device's rows of the sum of `x` over devices."""
+        if missing := self.padded(x.shape[0]) - x.shape[0]:
+            x = jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1))
+        # One axis in turn: over several at once XLA makes it an all-reduce of the whole array.
+        for axis in self.axes:
+            x = lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+        return x
+
+
+class Fold(Protocol):
+    """A sum over documents of something that (a, g) give. One method, one file.
+
+    A fold is a static argument of jit: make it a frozen dataclass.
+    """
+
+    def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
+        """The statistics of one linear. Every array has rows, which the mesh shards."""
+        ...
+
+    def term(
+        self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
+    ) -> PyTree[Array]:
+        """What this device's documents add, in the structure of `shapes`.
+
+        Args:
+            site: The linear.
+            a: [document, position, in], without the column of ones.
+            g: [document, position, out].
+            operands: Arrays that belong to this linear, such as its eigenvectors, sharded by rows.
+            context: Mask and mesh.
+        """
+        ...
+
+
+class Tape:
+    """One forward pass's running statistics; lives only while the pass is traced."""
+
+    def __init__(
+        self,
+        fold: Fold,
+        sites: Mapping[str, Site],
+        statistics: Statistics,
+        operands: Mapping[str, Mapping[str, Any]],
+        context: Context,
+        layer: Array | None = None,
+    ):
+        self.fold = fold
+        self.sites = sites
+        self.statistics = dict(statistics)
+        self.operands = operands
+        self.context = context
+        self.layer = layer
+
+    def inside(self, statistics: Statistics, layer: Array, count: int) -> "Tape":
+        """The tape of one of a stack's `count` layers, whose statistics the scan carries."""
+        return Tape(self.fold, self.sites, statistics, self.operands, self.context, layer)
+
+    def record(self, linear: "Tapped", x: Array, kernel: Array) -> Array:
+        """x @ kernel, adding the linear's term to the statistics in the backward pass."""
+        site = self.sites.get(linear.name or "")
+        if site is None:
+            return x @ kernel
+        operands = {**self.operands.get(site.input_site, {}), **self.operands.get(site.name, {})}
+        y, self.statistics[site.name] = _tap(
+            self.fold, site, x, kernel, self.statistics[site.name], operands, self.context,
+            self.layer,
+        )  # fmt: skip
+        return y
+
+    def gather_weights(self, module: nnx.Module) -> None:
+        """Make whole, in place, the parameters of `module` that are sharded over the mesh."""
+        gather_weights(module, self.context.axes)
+
+
+class Tapped(nnx.Module):
+    """A module that a tape is attached to as a whole: a linear, or a stack of blocks."""
+
+    tape: Tape | None = None
+    name: str | None = None
+    scans = False  # whether it runs blocks of its own, and attaches the tape to each
+
+
+def tapped_modules(model: nnx.Module, prefix: str = "") -> Iterator[tuple[str, Tapped]]:
+    """Path and module of every tapped module that is not inside another one."""
+    if isinstance(model, Tapped):
+        yield prefix, model
+        return
+    for key, child in nnx.iter_module_children(model):
+        yield from tapped_modules(child, f"{prefix}.{key}" if prefix else str(key))
+
+
+def attach(model: nnx.Module, tape: Tape, prefix: str = "") -> None:
+    """Let `tape` listen to `model`, a copy that was merged for this trace and dies with it."""
+    for path, module in tapped_modules(model, prefix):
+        module.tape = tape
+        if module.name is None:
+            module.name = path
+
+
+def gather_weights(module: nnx.Module, axes: tuple[str, ...]) -> None:
+    """Replace, in place, each sharded parameter by the whole of it.
+
+    A parameter says in its metadata along which axis it is sharded (`jhessians.mesh`). Stacks are
+    passed over: their scan gathers one layer at a time.
+
+    Args:
+        module: A module merged inside `shard_map`, its arrays this device's shards.
+        axes: The mesh axes that the shards lie on.
+    """
+    if not axes or getattr(module, "scans", False):
+        return
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.Variable) and value.get_metadata().get("sharded_axis"):
+            whole = value[...]
+            axis = whole.ndim + value.get_metadata()["sharded_axis"]
+            for mesh_axis in reversed(axes):
+                whole = lax.all_gather(whole, mesh_axis, axis=axis, tiled=True)
+            setattr(module, name, value.replace(whole))
+    for _, child in nnx.iter_module_children(module):
+        gather_weights(child, axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tap(fold, site, x, kernel, statistics, operands, context, layer):
+    return x @ kernel, statistics
+
+
+def _tap_forward(fold, site, x, kernel, statistics, operands, context, layer):
+    return (x @ kernel, statistics), (x, kernel, operands, context, layer)
+
+
+def _tap_backward(fold, site, residuals, cotangents):
+    x, kernel, operands, context, layer = residuals
+    g, statistics = cotangents
+    add = partial(_add_term, fold, site, _as_documents(x), _as_documents(g))
+    if site.layers is None or len(site.layers) == site.stack_size:
+        statistics = add(statistics, operands, context, layer)
+    else:
+        slots = {recorded: slot for slot, recorded in enumerate(site.layers)}
+        slot = jnp.array([slots.get(i, -1) for i in range(site.stack_size)], jnp.int32)[layer]
+        statistics = lax.cond(
+            slot >= 0, add, lambda s, *_: s, statistics, operands, context, jnp.maximum(slot, 0)
+        )
+    return g @ kernel.T, None, statistics, None, None, None
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+def _as_documents(x: Array) -> Array:
+    """[document, position, feature] of an array with any number of position axes."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _add_term(fold, site, a, g, statistics, operands, context, slot):
+    """`statistics` plus the fold's term, added in the rows that this device keeps."""
+    if slot is None:
+        term = fold.term(site, a, g, operands, context)
+        add_to = lambda total, x: total + x  # noqa: E731
+    else:
+        here = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, slot, keepdims=False), operands)
+        term = fold.term(site, a, g, here, context)
+        add_to = lambda total, x: total.at[slot].add(x)  # noqa: E731
+    return jax.tree.map(
+        lambda total, x: add_to(total, context.scatter_rows(x.astype(total.dtype))),
+        statistics, term,
+    )  # fmt: skip

@@ -1,0 +1,210 @@
+"""The one forward/backward pass that drives every fold.
+
+    tokens → embed → scan over blocks → norm, head, loss          (forward)
+                 ↖ jax.vjp, block by block, inside shard_map ↙     (backward)
+                          at every linear: fold(a, g)
+
+Everything here is a pure function of pytrees that can stand inside a caller's own `jax.jit`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jhessians.mesh import axis_names, parameter_specs
+from jhessians.tape import Context, Fold, Site, Statistics, Tape, Tapped, attach, gather_weights
+from jhessians.typing import Array, Bool, Float, PyTree
+
+Loss = Callable[[nnx.Module, PyTree[Array]], Float[Array, ""]]
+"""The loss of a batch: a *sum* over documents, whose gradient at every linear is what folds see."""
+
+
+def find_sites(
+    loss: Loss,
+    model: nnx.Module,
+    batch: PyTree[Array],
+    *,
+    include_bias: bool = False,
+    select: Callable[[str], bool] = lambda name: True,
+) -> dict[str, Site]:
+    """The linears that `loss` calls, found by tracing it once without computing anything.
+
+    Args:
+        loss: The loss whose curvature is wanted.
+        model: Arrays or shapes.
+        batch: Arrays or shapes; only their ranks matter.
+        include_bias: Whether biases count as weights, for the linears that have one.
+        select: Tells from a module's full name whether to record it.
+
+    Returns:
+        Sites by name, in the order in which the model calls them. Linears that are called on the
+        very same array share its input statistics.
+    """
+    listener = _Listener()
+    graph, state = nnx.split(model)
+
+    def trace(state, batch):
+        copy = nnx.merge(graph, state)
+        attach(copy, listener)  # type: ignore[arg-type]
+        return loss(copy, batch)
+
+    jax.eval_shape(trace, state, batch)
+    sites: dict[str, Site] = {}
+    owner: dict[tuple, str] = {}
+    for site, read in listener.calls.values():
+        layers = site.layers and tuple(i for i in site.layers if select(site.name.format(layer=i)))
+        if not (layers if site.layers else select(site.name)):
+            continue
+        ones = include_bias and site.use_bias
+        key = (id(read), layers, ones) if read is not None else (site.name,)
+        input_site = owner.setdefault(key, site.name)
+        sites[site.name] = replace(site, ones=ones, layers=layers, input_site=input_site)
+    return sites
+
+
+class _Listener:
+    """Stands in for a tape while `find_sites` traces, and notes who is called on what."""
+
+    def __init__(self, calls=None, layers: int | None = None):
+        self.calls: dict[str, tuple[Site, Any]] = {} if calls is None else calls
+        self.layers = layers
+        self.statistics: Statistics = {}
+
+    def inside(self, statistics: Statistics, layer: Array, count: int) -> "_Listener":
+        return _Listener(self.calls, count)
+
+    def gather_weights(self, module: nnx.Module) -> None:
+        pass
+
+    def record(self, linear: Tapped, x: Array, kernel: Array) -> Array:
+        name = linear.name
+        if name in self.calls:  # a second call reads another input
+            self.calls[name] = (self.calls[name][0], None)
+        else:
+            layers = None if self.layers is None else tuple(range(self.layers))
+            site = Site(name, *kernel.shape, linear.bias is not None, False, layers, self.layers)
+            self.calls[name] = (site, x)
+        return x @ kernel
+
+
+def initialize(
+    fold: Fold,
+    sites: Mapping[str, Site],
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    mesh: Mesh | None = None,
+) -> Statistics:
+    """Sums of nothing: zeros for every site, their rows padded and sharded over `mesh`."""
+    context = _context(mesh)
+
+    def zeros(site: Site, shape: jax.ShapeDtypeStruct) -> Array:
+        layers = () if site.layers is None else (len(site.layers),)
+        rows = context.padded(shape.shape[0])
+        return jnp.zeros((*layers, rows, *shape.shape[1:]), dtype)
+
+    statistics = lambda: {  # noqa: E731
+        name: jax.tree.map(lambda shape, site=site: zeros(site, shape), fold.shapes(site))
+        for name, site in sites.items()
+    }
+    if mesh is None:
+        return statistics()
+    shardings = row_shardings(sites, jax.eval_shape(statistics), mesh)
+    return jax.jit(statistics, out_shardings=shardings)()
+
+
+def accumulate(
+    fold: Fold,
+    loss: Loss,
+    model: nnx.Module,
+    batch: PyTree[Array],
+    statistics: Statistics,
+    *,
+    sites: Mapping[str, Site],
+    mask: Bool[Array, "n s"] | None = None,
+    operands: Mapping[str, Mapping[str, Any]] | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Statistics, Float[Array, ""]]:
+    """Add one batch's terms to the statistics.
+
+    Jit it with `statistics` donated and the sums are updated in place.
+
+    Args:
+        fold: What to compute at every linear.
+        loss: Of a model and a batch; summed over documents.
+        model: Any nnx module built with our `Linear`.
+        batch: A pytree whose arrays have documents as their first axis, a multiple of the mesh.
+        statistics: From `initialize`, or from the batch before.
+        sites: From `find_sites`.
+        mask: The positions that count; default all.
+        operands: Per site, further arrays that the fold needs, rows sharded like statistics.
+        mesh: Spreads documents and rows over all its axes; default the one device of `batch`.
+
+    Returns:
+        The new statistics, and the batch's loss.
+    """
+    context = _context(mesh)
+    graph, state = nnx.split(model)
+
+    def local(state, batch, mask, statistics, operands):
+        def forward(statistics):
+            copy = nnx.merge(graph, state)
+            gather_weights(copy, context.axes)
+            tape = Tape(fold, sites, statistics, operands, replace(context, mask=mask))
+            attach(copy, tape)
+            value = loss(copy, batch)
+            return value, tape.statistics
+
+        # The zeros are never read: only their cotangent, the running sum, exists in memory.
+        value, pullback, *_ = jax.vjp(forward, jax.tree.map(jnp.zeros_like, statistics))
+        (statistics,) = pullback((jnp.ones_like(value[0]), statistics))
+        return statistics, lax.psum(value[0], context.axes) if context.axes else value[0]
+
+    operands = operands or {}
+    with jax.default_matmul_precision("highest"):
+        if mesh is None:
+            return local(state, batch, mask, statistics, operands)
+        rows = row_specs(sites, statistics, mesh)
+        documents = P(axis_names(mesh))
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(
+                parameter_specs(state, mesh),
+                documents,
+                documents,
+                rows,
+                row_specs(sites, operands, mesh),
+            ),
+            out_specs=(rows, P()),
+            check_vma=False,
+        )(state, batch, mask, statistics, operands)
+
+
+def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree[P]:
+    """How statistics and operands lie on the mesh: by rows, behind a stack's layer axis."""
+    rows = axis_names(mesh)
+    return {
+        name: jax.tree.map(lambda _, s=sites[name]: P(rows) if s.layers is None else P(None, rows),
+                           tree)
+        for name, tree in arrays.items()
+    }  # fmt: skip
+
+
+def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree:
+    """The same as `NamedSharding`s."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        row_specs(sites, arrays, mesh),
+        is_leaf=lambda x: isinstance(x, P),
+    )
+
+
+def _context(mesh: Mesh | None) -> Context:
+    return Context() if mesh is None else Context(axes=axis_names(mesh), shards=mesh.size)
