@@ -7,24 +7,40 @@ fault of jhessians itself; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from textwrap import wrap
 from typing import NoReturn
 
 from jhessians.config import ComputeConfig
 from jhessians.console import quiet_libraries, report_failure
 from jhessians.errors import ConfigError
-from jhessians.options import Option, did_you_mean, options_of, parse_flag
+from jhessians.options import (
+    FALSE_WORDS,
+    TRUE_WORDS,
+    Option,
+    did_you_mean,
+    options_of,
+    parse_flag,
+)
 from jhessians.progress import Progress
 from jhessians.version import __version__
 
 PROGRAM = "jhessians"
 
 COMPUTE_USAGE = f"{PROGRAM} compute RUN_PATH [--model NAME --dataset NAME] [options]"
+COMPUTE_DESCRIPTION = """\
+Fit Kronecker-factored curvature of a language model and write it as torch
+bergson reads it. Without --model and --dataset a small embedded demo is used.
+"""
 COMPUTE_EXAMPLES = """\
+Flags may be spelt with - or _, and a bare --flag means --flag true.
+
 examples:
   jhessians compute runs/demo
   jhessians compute runs/pythia --model EleutherAI/pythia-160m \\
@@ -40,10 +56,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Long option names on a line of their own, texts in one column."""
+    """Texts in one column, at most 100 columns in all, and no default torn in two."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=26)
+        columns = shutil.get_terminal_size().columns
+        super().__init__(prog, max_help_position=26, width=max(40, min(columns, 100) - 2))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        meaning, bracket, default = text.partition(" [default: ")
+        lines = wrap(meaning, width)
+        if bracket:
+            default = f"[default: {default}"
+            if len(lines[-1]) + 1 + len(default) <= width:
+                lines[-1] += f" {default}"
+            else:
+                lines += wrap(default, width)
+        return lines
 
 
 def build_compute_parser() -> argparse.ArgumentParser:
@@ -51,10 +79,7 @@ def build_compute_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"{PROGRAM} compute",
         usage=COMPUTE_USAGE,
-        description=(
-            "Fit Kronecker-factored curvature of a language model and write it as torch\n"
-            "bergson reads it. Without --model and --dataset it runs on a small embedded demo."
-        ),
+        description=COMPUTE_DESCRIPTION,
         epilog=COMPUTE_EXAMPLES,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
@@ -71,7 +96,7 @@ def build_compute_parser() -> argparse.ArgumentParser:
         help="Replay a run: take every option from its config.yaml (--overwrite excepted), "
         "then those given here.",
     )
-    general.add_argument("-h", "--help", action="help", help="Show this text and leave.")
+    general.add_argument("-h", "--help", action="store_true", help="Show this text and leave.")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for each in options_of(ComputeConfig):
         group = groups.setdefault(each.group, parser.add_argument_group(each.group))
@@ -83,7 +108,9 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     text = f"{option.help} [default: {option.default_in_words}]".replace("%", "%%")
     flag = f"--{option.name}"
     if option.kind == "flag":
-        group.add_argument(flag, type=_flag_word, metavar="{true,false}", help=text)
+        group.add_argument(
+            flag, type=_flag_word, nargs="?", const=True, metavar="true|false", help=text
+        )
     elif option.kind == "list":
         group.add_argument(flag, nargs="+", metavar=option.metavar, help=text)
     elif option.choices:
@@ -119,14 +146,15 @@ def normalize_flags(arguments: Sequence[str], options: Sequence[Option]) -> list
         word = words.pop(0)
         if word == "--":
             return [*result, word, *words]
-        if not word.startswith("--"):
+        # A lone dash with a digit is a negative number.
+        if word == "-h" or not word.startswith("-") or not word.lstrip("-")[:1].isalpha():
             result.append(word)
             continue
-        typed, equals, value = word[2:].partition("=")
-        name = typed.replace("-", "_")
-        if name not in known:
+        typed, equals, value = word.partition("=")
+        name = typed.lstrip("-").replace("-", "_")
+        if name not in known or not typed.startswith("--"):
             hint = did_you_mean(name, known, prefix="--")
-            raise ConfigError(f"unknown option --{typed}{hint or '; see --help for all'}")
+            raise ConfigError(f"unknown option {typed}{hint or '; see --help for all'}")
         if kinds.get(name) == "flag" and not equals:
             value = words.pop(0) if words and _is_flag_word(words[0]) else "true"
             equals = "="
@@ -135,18 +163,20 @@ def normalize_flags(arguments: Sequence[str], options: Sequence[Option]) -> list
 
 
 def _is_flag_word(word: str) -> bool:
-    # Only the two words that --help names: a RUN_PATH may be called `1`.
-    return word.lower() in ("true", "false")
+    # Not the digits: a RUN_PATH may be called `1`.
+    return word.lower() in TRUE_WORDS + FALSE_WORDS and not word.isdigit()
 
 
-def parse_compute(arguments: Sequence[str]) -> ComputeConfig:
-    """The config that a `compute` command line asks for, checked as a whole.
+def parse_compute(arguments: Sequence[str]) -> ComputeConfig | None:
+    """The config that a `compute` command line asks for, checked as a whole; None for --help.
 
     Raises:
         ConfigError: If an option is unknown, wrong, or clashes with another.
     """
     parser = build_compute_parser()
     given = vars(parser.parse_args(normalize_flags(arguments, options_of(ComputeConfig))))
+    if given.pop("help", False):
+        return None
     replayed = given.pop("config", None)
     values = {}
     if replayed is not None:
@@ -174,6 +204,9 @@ def run_compute(arguments: Sequence[str], *, on_debug: Callable[[], None]) -> No
         on_debug: Called if tracebacks are wanted from here on.
     """
     config = parse_compute(arguments)
+    if config is None:
+        _say(build_compute_parser().format_help().rstrip())
+        return
     if config.debug:
         on_debug()
     with quiet_libraries(debug=config.debug, quiet=config.quiet), _float64(config.needs_float64):
@@ -185,7 +218,7 @@ def run_compute(arguments: Sequence[str], *, on_debug: Callable[[], None]) -> No
         summary = compute(config, progress)
         # The pipeline quietens every process but the first one of several hosts.
         if not progress.quiet:
-            print(render(summary), flush=True)
+            _say(render(summary))
 
 
 @contextmanager
@@ -196,7 +229,7 @@ def _float64(wanted: bool) -> Iterator[None]:
         return
     import jax
 
-    before = jax.config.jax_enable_x64
+    before = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", True)
     try:
         yield
@@ -217,6 +250,15 @@ COMMANDS = {
 }
 
 
+def _say(text: str) -> None:
+    """Print on standard output, whose reader, such as `head`, may have left."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _top_help() -> str:
     lines = [
         f"usage: {PROGRAM} COMMAND ...",
@@ -230,7 +272,8 @@ def _top_help() -> str:
         "  -h, --help  show this text and leave",
         "  --version   show the version and leave",
         "",
-        f"`{PROGRAM} COMMAND --help` explains a command. To begin: {PROGRAM} compute runs/demo",
+        f"`{PROGRAM} COMMAND --help` explains a command.",
+        f"To begin: {PROGRAM} compute runs/demo",
     ]
     return "\n".join(lines)
 
@@ -240,9 +283,9 @@ def _dispatch(arguments: Sequence[str], on_debug: Callable[[], None]) -> None:
         raise ConfigError(f"no command given; try {PROGRAM} --help")
     name, *rest = arguments
     if name in ("-h", "--help"):
-        print(_top_help())
+        _say(_top_help())
     elif name == "--version":
-        print(f"{PROGRAM} {__version__}")
+        _say(f"{PROGRAM} {__version__}")
     elif name in COMMANDS:
         COMMANDS[name].run(rest, on_debug=on_debug)
     else:
@@ -251,7 +294,7 @@ def _dispatch(arguments: Sequence[str], on_debug: Callable[[], None]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code; nothing but `--help` leaves early.
+    """Run a command line and return its exit code.
 
     Args:
         arguments: Words after the program's name, `sys.argv` by default.
@@ -264,9 +307,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         _dispatch(sys.argv[1:] if arguments is None else list(arguments), on_debug)
-    except SystemExit as leaving:
-        # argparse's --help.
-        return leaving.code if isinstance(leaving.code, int) else 0
     except BaseException as error:
         if debug:
             traceback.print_exc()

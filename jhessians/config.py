@@ -123,8 +123,7 @@ class ComputeConfig:
     )
     conversation_column: str = option(
         "",
-        "Column with lists of chat messages; the loss is then taken on the assistant's turns "
-        "only.",
+        "Column with lists of chat messages; the loss is then taken on the assistant's turns only.",
         group=DATA,
         metavar="COLUMN",
         default_text="none",

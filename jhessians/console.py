@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
+from typing import TextIO
 
 from jhessians.errors import ConfigError, UserError
 
@@ -26,6 +28,9 @@ QUIET_ENVIRONMENT = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+
+# XLA's messages run to thousands of characters.
+LONGEST_DETAIL = 300
 
 EXIT_INPUT = 1
 EXIT_USAGE = 2
@@ -59,9 +64,11 @@ def quiet_libraries(*, debug: bool, quiet: bool) -> Iterator[None]:
     handler = _OneLineHandler()
     root_level = root.level
     levels = {name: logging.getLogger(name).level for name in NOISY_LIBRARIES}
-    environment = {} if debug else {
-        name: value for name, value in QUIET_ENVIRONMENT.items() if name not in os.environ
-    }
+    environment = (
+        {}
+        if debug
+        else {name: value for name, value in QUIET_ENVIRONMENT.items() if name not in os.environ}
+    )
     with warnings.catch_warnings():
         root.addHandler(handler)
         root.setLevel(logging.ERROR if quiet else logging.INFO if debug else logging.WARNING)
@@ -84,7 +91,12 @@ def quiet_libraries(*, debug: bool, quiet: bool) -> Iterator[None]:
 
 
 def _log_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     logging.getLogger("jhessians").warning("%s", message)
 
@@ -119,8 +131,8 @@ def _describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MemoryError) or _is_out_of_device_memory(error):
         return "out of memory; try a smaller --token_batch_size, or --fsdp", EXIT_INPUT
     if isinstance(error, PermissionError):
-        return f"no permission: {error.filename or error}; choose another RUN_PATH", EXIT_INPUT
-    detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return f"no permission for {error.filename or error}; choose another path", EXIT_INPUT
+    detail = shorten(f"{type(error).__name__}: {error}".removesuffix(": "), LONGEST_DETAIL)
     return (
         f"unexpected {detail} (run again with --debug for a traceback, and please report it)",
         EXIT_FAULT,

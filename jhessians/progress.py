@@ -171,9 +171,7 @@ class Progress:
         if stage.total is not None:
             columns += [rich_progress.BarColumn(bar_width=None), rich_progress.TaskProgressColumn()]
         columns.append(_StageColumn(stage))
-        bar = rich_progress.Progress(
-            *columns, console=self._console, transient=True, expand=True
-        )
+        bar = rich_progress.Progress(*columns, console=self._console, transient=True, expand=True)
         task = bar.add_task(stage.name, total=stage.total)
         stage._on_advance = lambda: bar.update(task, completed=stage.done)
         with bar:

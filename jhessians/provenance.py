@@ -74,9 +74,7 @@ def config_document(
     devices: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All of config.yaml; arguments as in `to_bergson_dict`, `devices` as in `run_metadata`."""
-    step = to_bergson_dict(
-        config, model=model, dataset=dataset, shards=shards, processes=processes
-    )
+    step = to_bergson_dict(config, model=model, dataset=dataset, shards=shards, processes=processes)
     return {
         "steps": [{"hessian": step}],
         "jhessians": {"compute": config.resolved_dict()},
