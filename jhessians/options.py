@@ -115,7 +115,7 @@ def check(option: Option, value: Any) -> Any:
         if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
             raise ConfigError(f"--{option.name} takes a list of names, got {value!r}")
         return tuple(part for word in words for part in word.replace(",", " ").split())
-    expected: type = {"text": str, "integer": int, "flag": bool}[option.kind]
+    expected: Any = {"text": str, "integer": int, "flag": bool}[option.kind]
     # A bool is an int to Python, yet `seed: true` is a slip.
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         kind = {"text": "text", "integer": "a whole number", "flag": "true or false"}[option.kind]

@@ -122,13 +122,16 @@ def next_steps(
     Returns:
         A shell command that scores the data set against itself, and Python that loads the
         preconditioner. The command is empty with `--modules`, which bergson does not know: it
-        would score the other modules without a preconditioner, in silence.
+        would score the other modules without a preconditioner, in silence. Both are empty with
+        `--layout seed`, which bergson 2.5.1 does not read.
     """
     python = (
         "from bergson.hessians.preconditioner import FactoredPreconditioner\n"
         f"FactoredPreconditioner.from_path({config.run_path!r}"
         + (", ev_correction=True)" if config.corrects_eigenvalues else ")")
     )
+    if config.layout == "seed":
+        return "", ""
     if config.modules:
         return "", python
     run_path = Path(config.run_path)
@@ -141,7 +144,7 @@ def next_steps(
         scores = f"{run_path}-scores"
         lines.append(f"mkdir -p {shlex.quote(f'{scores}/hessian')}")
         words = [shlex.quote(os.path.abspath(run_path)), shlex.quote(f"{scores}/hessian/{method}")]
-        lines.append(_continued("ln -s", words))
+        lines.append(_continued("ln -sfn", words))
     flags = _bergson_flags(config, model, dataset, model_max_length)
     flags["nproc_per_node"] = str(shards)
     words = [f"--{name} {shlex.quote(value)}" for name, value in flags.items()]
