@@ -1,0 +1,226 @@
+"""Lay a factored Hessian out on disk: bergson's tree, the seed's, or both.
+
+Knows no method and no model, only kinds of named, row-sharded arrays (see `layout.KINDS`).
+Where both trees hold the same tensors, one file has two names.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+
+from jhessians.interop import torchfile
+from jhessians.interop.layout import (
+    HESSIAN_CFG_KEYS,
+    INDEX_CFG_KEYS,
+    KINDS,
+    SEED_ROOT,
+    SEED_TOTAL_LAMBDA_FILE,
+    TOTAL_FILE,
+    Layout,
+    kind_folder,
+)
+from jhessians.interop.shards import link_or_copy, raise_together, write_sharded
+from jhessians.interop.sources import ArraySource, ScaledSource, TensorSource
+
+__all__ = [
+    "ArraySource",
+    "ScaledSource",
+    "TensorSource",
+    "export_factored",
+    "link_or_copy",
+    "write_config",
+    "write_kind",
+    "write_sharded",
+    "write_totals",
+]
+
+
+def write_kind(
+    root: Path,
+    kind: str,
+    tensors: Mapping[str, TensorSource],
+    *,
+    layout: Layout,
+    shards: int,
+    dtype: str,
+    n_docs: int,
+    total_processed: int,
+) -> None:
+    """Write one kind of factor, where each tree of `layout` wants it.
+
+    Args:
+        root: The run directory.
+        kind: A key of `KINDS`.
+        tensors: Module name → rows, scaled as bergson has it.
+        layout: Which trees.
+        shards, dtype: See `write_sharded`.
+        n_docs: Documents in the data set, short ones included.
+        total_processed: Masked positions over the data set; the seed's divisor.
+
+    Raises:
+        ValueError: If `kind` is unknown or a count is not positive.
+        NumericsError, OutputError: See `write_sharded`.
+    """
+    if n_docs < 1 or total_processed < 1:
+        raise ValueError(f"counts must be positive: {n_docs=}, {total_processed=}")
+    written = kind_folder(root, kind, "bergson") if layout != "seed" else None
+    if written is not None:
+        replicated = KINDS[kind].replicated
+        write_sharded(written, tensors, shards=shards, dtype=dtype, replicated=replicated)
+    seed = kind_folder(root, kind, "seed") if layout != "bergson" else None
+    if seed is None:
+        return
+    if KINDS[kind].seed_per_position:
+        scale = n_docs / total_processed
+        scaled = {name: ScaledSource(source, scale) for name, source in tensors.items()}
+        write_sharded(seed, scaled, shards=shards, dtype=dtype)
+    elif written is not None:
+        link_or_copy(written, seed)
+    else:
+        write_sharded(seed, tensors, shards=shards, dtype=dtype)
+
+
+def write_totals(
+    root: Path, *, layout: Layout, total_processed: int, corrected: bool, include_bias: bool = False
+) -> None:
+    """Write the small files beside the shards: position counts and the seed's processor files.
+
+    Args:
+        root: The run directory.
+        layout: Which trees.
+        total_processed: Masked positions over the data set.
+        corrected: Whether there was a pass for the eigenvalue correction, which the seed
+            counted separately.
+        include_bias: Whether activations carry a column of ones for the bias.
+
+    Raises:
+        OutputError: If the disk is full, read-only or not ours.
+    """
+    count = np.array(total_processed, np.int64)
+    failure: OSError | None = None
+    if jax.process_index() == 0:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            if layout != "seed":
+                torchfile.save(count, root / TOTAL_FILE)
+            if layout != "bergson":
+                (root / SEED_ROOT).mkdir(exist_ok=True)
+                names = [TOTAL_FILE, *([SEED_TOTAL_LAMBDA_FILE] if corrected else [])]
+                for name in names:
+                    torchfile.save(count, root / SEED_ROOT / name)
+                for name in ("normalizers.pth", "preconditioners.pth"):
+                    torchfile.save({}, root / name)
+                _write_json(root / "processor_config.json", _seed_processor(include_bias))
+        except OSError as error:
+            failure = error
+    raise_together(failure, root)
+
+
+def export_factored(
+    root: Path,
+    factors: Mapping[str, Mapping[str, TensorSource]],
+    *,
+    layout: Layout,
+    shards: int,
+    dtype: str,
+    n_docs: int,
+    total_processed: int,
+    include_bias: bool = False,
+) -> None:
+    """Write a whole factored Hessian: every kind given, then the small files.
+
+    The stages of a run call `write_kind` and `write_totals` instead, as results come in.
+
+    Args:
+        root: The run directory.
+        factors: Kind (see `KINDS`) → module name → rows; kinds that a method lacks are left out.
+        layout, shards, dtype, n_docs, total_processed: See `write_kind`.
+        include_bias: See `write_totals`.
+
+    Raises:
+        ValueError: If the kinds don't hold the same modules.
+        NumericsError, OutputError: See `write_sharded`.
+    """
+    modules = {kind: list(tensors) for kind, tensors in factors.items()}
+    if any(names != next(iter(modules.values())) for names in modules.values()):
+        raise ValueError(f"kinds hold different modules, or in another order: {modules}")
+    for kind, tensors in factors.items():
+        write_kind(
+            root, kind, tensors, layout=layout, shards=shards, dtype=dtype,
+            n_docs=n_docs, total_processed=total_processed,
+        )  # fmt: skip
+    write_totals(
+        root,
+        layout=layout,
+        total_processed=total_processed,
+        corrected="eigenvalue_correction" in factors,
+        include_bias=include_bias,
+    )
+
+
+def write_config(
+    root: Path,
+    document: Mapping[str, Any],
+    resolved: Mapping[str, Any],
+    *,
+    layout: Layout = "both",
+) -> None:
+    """Write the run's options: `config.yaml` for bergson, `config.json` as the seed did.
+
+    Args:
+        root: The run directory.
+        document: All of `config.yaml`, plain YAML values: `steps`, `metadata`, and any other
+            top-level key, which bergson does not look at.
+        resolved: Every option of the run, flat, for `config.json`.
+        layout: Which trees.
+
+    Raises:
+        ValueError: If a step has a key that bergson does not know: it would drop it when it
+            reads the run and refuse it when it replays the run.
+        OutputError: If the disk is full, read-only or not ours.
+    """
+    for step in document["steps"]:
+        for command in step.values():
+            _check_bergson_knows(command)
+    failure: OSError | None = None
+    if jax.process_index() == 0:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            if layout != "seed":
+                text = yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
+                (root / "config.yaml").write_text(text, encoding="utf-8")
+            if layout != "bergson":
+                values = {**resolved, "metadata": document.get("metadata", {})}
+                _write_json(root / "config.json", values)
+        except OSError as error:
+            failure = error
+    raise_together(failure, root)
+
+
+def _check_bergson_knows(command: Mapping[str, Any]) -> None:
+    parts = {"hessian_cfg": HESSIAN_CFG_KEYS, "index_cfg": INDEX_CFG_KEYS}
+    unknown = set(command) - set(parts)
+    for part, known in parts.items():
+        unknown |= set(command.get(part, {})) - known
+    if unknown:
+        raise ValueError(f"bergson does not know {sorted(unknown)}; put them at the top level")
+
+
+def _seed_processor(include_bias: bool) -> dict[str, Any]:
+    """The seed's processor file; its reader took exactly these keys and raised on others."""
+    values = {
+        "projection_dim": None,
+        "reshape_to_square": False,
+        "projection_type": "rademacher",
+    }
+    # Later readers know the bias; the first ones knew no factors that had one.
+    return values | ({"include_bias": True} if include_bias else {})
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,139 @@
+"""Where each factor lies on disk, as data: folders, dtypes and row ranges.
+
+Two trees hold the same tensors: the one that bergson 2.5.1 reads and the older one that
+`python -m bergson.hessians` wrote (the *seed*). A factor has one *kind*; `KINDS` says which
+folder of either tree it goes to, so a new kind is a new entry here. Both trees keep
+`shard_{r}.safetensors` for r = 0 … N−1 in a folder, every shard with rows of every module.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+Tree = Literal["bergson", "seed"]
+"""One of the two trees."""
+
+Layout = Literal["both", "bergson", "seed"]
+"""Which trees to write; with "both" the seed's tree stands inside bergson's."""
+
+SEED_ROOT = "influence_results"
+"""Folder of the seed's shards, relative to the run directory."""
+
+TOTAL_FILE = "total_processed.pt"
+SEED_TOTAL_LAMBDA_FILE = "total_processed_lambda.pt"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of factor, [rows, columns] or [values] per module.
+
+    Attributes:
+        folder: Its folder in bergson's tree.
+        seed_folder: The same tensors' folder in the seed's tree, if it knew them.
+        square: Whether rows and columns are the same dimension.
+        replicated: Whether every shard holds a whole copy instead of its rows.
+        seed_per_position: Whether the seed divided by positions where bergson divides by
+            documents, so that the seed's values are ours · n_docs / total_processed.
+    """
+
+    folder: str
+    seed_folder: str | None = None
+    square: bool = False
+    replicated: bool = False
+    seed_per_position: bool = False
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "activation_covariance": Kind(
+            "activation_sharded", "activation_covariance_sharded", square=True
+        ),
+        "gradient_covariance": Kind("gradient_sharded", "gradient_covariance_sharded", square=True),
+        "activation_eigenvectors": Kind(
+            "eigen_activation_sharded", "activation_eigen_sharded", square=True
+        ),
+        "gradient_eigenvectors": Kind(
+            "eigen_gradient_sharded", "gradient_eigen_sharded", square=True
+        ),
+        "eigenvalue": Kind("eigenvalue_sharded"),
+        "eigenvalue_correction": Kind(
+            "eigenvalue_correction_sharded",
+            "eigenvalue_correction_sharded",
+            seed_per_position=True,
+        ),
+        # bergson indexes these by the eigenvalue grid's axes: the grid's columns are whole in
+        # every shard and its rows are not, so one factor is copied and the other is split.
+        "activation_eigenvalues": Kind("factor_eig_a", replicated=True),
+        "gradient_eigenvalues": Kind("factor_eig_g"),
+    }
+)
+
+DTYPES: Mapping[str, tuple[str, np.dtype]] = MappingProxyType(
+    {
+        "fp64": ("F64", np.dtype("<f8")),
+        "fp32": ("F32", np.dtype("<f4")),
+        "fp16": ("F16", np.dtype("<f2")),
+        "bf16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+    }
+)
+"""bergson's `hessian_dtype` → (safetensors' name, numpy's dtype)."""
+
+HESSIAN_CFG_KEYS = frozenset(
+    {"method", "ev_correction", "hessian_dtype", "use_dataset_labels", "module_partitions"}
+)
+"""What bergson 2.5.1's `HessianConfig` knows; `method` is required."""
+
+INDEX_CFG_KEYS = frozenset(
+    """run_path overwrite model precision revision distributed fsdp peft_init_kwargs
+    model_kwargs moe_experts logit_scale data tokenizer drop_columns max_tokens
+    use_tf32_matmuls debug projection_dim include_bias reshape_to_square projection_type
+    projection_scale projection_target projection_seed token_batch_size max_batch_size
+    auto_batch_size optimizer_state loss_fn loss_reduction label_smoothing
+    split_attention_modules attention profile filter_modules force_math_sdp attribute_tokens
+    modules""".split()
+)
+"""What bergson 2.5.1's `IndexConfig` knows; `run_path` is required."""
+
+
+def shard_bounds(dimension: int, shards: int, index: int) -> tuple[int, int]:
+    """Row range [start, stop) of one shard; shard 0 also takes the remainder.
+
+    Args:
+        dimension: Rows in all.
+        shards: Number of shards, at least 1; may exceed `dimension`.
+        index: Which shard, 0 … shards − 1.
+
+    Raises:
+        ValueError: If `index` names no shard or `dimension` is negative.
+    """
+    if dimension < 0 or not 0 <= index < shards:
+        raise ValueError(f"no shard {index} of {shards} over {dimension} rows")
+    base, rest = divmod(dimension, shards)
+    if index == 0:
+        return 0, base + rest
+    start = rest + index * base
+    return start, start + base
+
+
+def shard_name(index: int) -> str:
+    """File name of one shard."""
+    return f"shard_{index}.safetensors"
+
+
+def kind_folder(root: Path, kind: str, tree: Tree) -> Path | None:
+    """Folder of `kind` in one tree under `root`; None where that tree has no such kind.
+
+    Raises:
+        ValueError: If `kind` is not in `KINDS`.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of factor {kind!r}; known: {', '.join(KINDS)}")
+    if tree == "bergson":
+        return root / KINDS[kind].folder
+    seed_folder = KINDS[kind].seed_folder
+    return root / SEED_ROOT / seed_folder if seed_folder else None

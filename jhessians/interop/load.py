@@ -1,0 +1,238 @@
+"""Read factors back, from either tree and any number of shards, with numpy only.
+
+A store looks at the headers once and reads a tensor when it is asked for. What does not add
+up — a missing shard, shards that hold different modules, rows that don't fit — is an error.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16 from it)
+import numpy as np
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+
+from jhessians.errors import CheckpointError
+from jhessians.interop import torchfile
+from jhessians.interop.layout import (
+    KINDS,
+    SEED_ROOT,
+    TOTAL_FILE,
+    Tree,
+    kind_folder,
+    shard_bounds,
+    shard_name,
+)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class FactorStore:
+    """Factors in a run directory, read one tensor at a time.
+
+    bergson's tree is taken where it exists, the seed's otherwise. The seed's
+    `eigenvalue_correction` is returned as it lies there: per position, not per document.
+
+    Args:
+        root: The directory that holds the factor folders, or `influence_results`.
+        layout: Take this tree and no other.
+
+    Attributes:
+        root: The directory as given.
+        layout: The tree that is read, "bergson" or "seed".
+        kinds: Kinds of factor that are there, in `KINDS` order.
+        shards: Number of shards of every kind.
+
+    Raises:
+        CheckpointError: If there are no factors, or their numbers of shards differ.
+    """
+
+    def __init__(self, root: str | Path, layout: Tree | None = None):
+        self.root = Path(root)
+        # One folder has the same name in both trees, so the name above it decides.
+        seed_only = self.root.name == SEED_ROOT
+        trees: list[Tree] = [layout] if layout else ["seed"] if seed_only else ["bergson", "seed"]
+        found = {tree: _folders(self.root, tree) for tree in trees}
+        self.layout: Tree = next((tree for tree in trees if found[tree]), trees[0])
+        if not found[self.layout]:
+            raise CheckpointError(
+                f"{self.root} holds no factors; expected folders such as "
+                "eigen_activation_sharded or influence_results; give a finished run's directory"
+            )
+        self._folders = found[self.layout]
+        self._shapes: dict[str, Shapes] = {}
+        self.kinds = tuple(self._folders)
+        counts = {folder: _count_shards(folder) for folder in self._folders.values()}
+        self.shards = max(counts.values())
+        for folder, count in counts.items():
+            if count < self.shards:
+                raise CheckpointError(
+                    f"{folder} has {count} shards where another folder has {self.shards}; "
+                    f"expected equal numbers; restore {shard_name(count)} or export again"
+                )
+
+    @functools.cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Module names in the order they were written, the same in every kind.
+
+        Raises:
+            CheckpointError: If two kinds hold different modules.
+        """
+        names = {kind: tuple(self.shapes(kind)) for kind in self.kinds}
+        first = names[self.kinds[0]]
+        for kind, others in names.items():
+            if set(others) != set(first):
+                odd = sorted(set(others) ^ set(first))
+                raise CheckpointError(
+                    f"{self._folders[kind]} and {self._folders[self.kinds[0]]} hold different "
+                    f"modules; expected the same, not {_some(odd)} in one only; export again"
+                )
+        return first
+
+    @functools.cached_property
+    def total_processed(self) -> int:
+        """Masked positions over the data set.
+
+        Raises:
+            CheckpointError: If `total_processed.pt` is missing or is no count.
+        """
+        path = next(iter(self._folders.values())).parent / TOTAL_FILE
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; expected a saved count; export again")
+        return int(np.asarray(torchfile.load(path)))
+
+    def shapes(self, kind: str) -> Shapes:
+        """Module name → full shape, read from the shards' headers and checked.
+
+        Raises:
+            KeyError: If the store has no such kind.
+            CheckpointError: If a file is damaged or the shards do not add up.
+        """
+        if kind not in self._shapes:
+            self._shapes[kind] = _combined_shapes(self._folders[kind], kind, self.shards)
+        return self._shapes[kind]
+
+    def read(self, kind: str, module: str) -> Shaped[np.ndarray, "..."]:
+        """One whole tensor in the dtype that it is stored in.
+
+        Raises:
+            KeyError: If the store has no such kind or module.
+            CheckpointError: If a file is damaged or the shards do not add up.
+        """
+        shape = self.shapes(kind)[module]
+        indices = range(1 if KINDS[kind].replicated else self.shards)
+        out: np.ndarray | None = None
+        row = 0
+        for index in indices:
+            with _opened(self._folders[kind] / shard_name(index)) as file:
+                rows = file.get_tensor(module)
+            if out is None:
+                if len(indices) == 1:
+                    return rows
+                out = np.empty(shape, rows.dtype)
+            out[row : row + len(rows)] = rows
+            row += len(rows)
+        assert out is not None
+        return out
+
+
+def load_factors(
+    path: str | Path, kinds: Iterable[str] | None = None
+) -> dict[str, dict[str, Shaped[np.ndarray, "..."]]]:
+    """All factors of a run, or those of some kinds: kind → module name → tensor.
+
+    Args:
+        path: See `FactorStore`, which reads one tensor at a time.
+        kinds: Keys of `layout.KINDS`; all that are there if left out.
+
+    Raises:
+        CheckpointError: See `FactorStore`.
+        KeyError: If a kind is not there.
+    """
+    store = FactorStore(path)
+    return {
+        kind: {module: store.read(kind, module) for module in store.shapes(kind)}
+        for kind in (store.kinds if kinds is None else kinds)
+    }
+
+
+def _folders(root: Path, tree: Tree) -> dict[str, Path]:
+    if tree == "seed" and root.name == SEED_ROOT:
+        root = root.parent
+    folders = {kind: kind_folder(root, kind, tree) for kind in KINDS}
+    return {kind: folder for kind, folder in folders.items() if folder and folder.is_dir()}
+
+
+def _count_shards(folder: Path) -> int:
+    names = {path.name for path in folder.glob("shard_*.safetensors")}
+    for index in range(len(names) or 1):
+        if shard_name(index) not in names:
+            raise CheckpointError(
+                f"{folder / shard_name(index)} is missing; expected shards 0 to N-1 without a "
+                "gap; restore it or export again"
+            )
+    return len(names)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({' '.join(str(error).split())}); expected a safetensors "
+            "file; restore it or export again"
+        ) from error
+
+
+def _header(path: Path) -> Shapes:
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+
+
+def _combined_shapes(folder: Path, kind: str, shards: int) -> Shapes:
+    """Full shape of every module, from the headers of all shards."""
+    parts = [_header(folder / shard_name(index)) for index in range(shards)]
+    for index, part in enumerate(parts):
+        if set(part) != set(parts[0]):
+            odd = sorted(set(part) ^ set(parts[0]))
+            raise CheckpointError(
+                f"{folder}: shards 0 and {index} hold different modules; expected the "
+                f"same, not {_some(odd)} in one only; export again"
+            )
+    return {
+        module: _full_shape(folder, kind, module, [part[module] for part in parts])
+        for module in parts[0]
+    }
+
+
+def _full_shape(
+    folder: Path, kind: str, module: str, parts: list[tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Shape of the whole tensor, from each shard's; checks that they are a row split of it."""
+    total = parts[0][0] if KINDS[kind].replicated else sum(part[0] for part in parts)
+    shape = (total, *parts[0][1:])
+    for index, part in enumerate(parts):
+        start, stop = (
+            (0, total) if KINDS[kind].replicated else shard_bounds(total, len(parts), index)
+        )
+        expected = (stop - start, *shape[1:])
+        if part != expected:
+            raise CheckpointError(
+                f"{folder / shard_name(index)}: {module} has shape {part}; expected {expected} "
+                f"in shard {index} of {len(parts)}; restore the missing rows or export again"
+            )
+    if KINDS[kind].square and shape != (total, total):
+        raise CheckpointError(
+            f"{folder}: {module} has {total} rows in {len(parts)} shards; expected "
+            f"{' x '.join(map(str, shape[1:]))}; restore the missing shards or export again"
+        )
+    return shape
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")

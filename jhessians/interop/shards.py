@@ -1,0 +1,201 @@
+"""Write row-sharded safetensors without ever holding a shard.
+
+A shard is written header first, then block after block of rows, each fetched when its turn
+comes: the host holds one block, whatever the size of a tensor. In a run of several processes
+all of them fetch, and process 0 writes.
+
+References:
+    safetensors' format: 8 bytes little-endian header length, JSON header, then the tensors.
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Shaped
+
+from jhessians.errors import NumericsError
+from jhessians.interop.layout import DTYPES, shard_bounds, shard_name
+from jhessians.interop.sources import TensorSource
+from jhessians.rundir import output_error
+
+BLOCK_BYTES = 64 << 20
+"""Rows fetched at a time, in bytes as float32."""
+
+_NO_HARD_LINKS = {
+    errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
+}  # fmt: skip
+
+Ranges = Mapping[str, tuple[int, int]]
+
+
+def write_sharded(
+    folder: Path,
+    tensors: Mapping[str, TensorSource],
+    *,
+    shards: int,
+    dtype: str,
+    replicated: bool = False,
+    block_bytes: int = BLOCK_BYTES,
+) -> None:
+    """Write `shard_{r}.safetensors` for every r, each with its rows of every tensor.
+
+    Shards of an earlier, interrupted call are replaced. Every process calls this.
+
+    Args:
+        folder: Made if missing; holds nothing but the shards afterwards.
+        tensors: Module name → rows, in the order in which they are written.
+        shards: Number of shards; a dimension need not divide by it, nor reach it.
+        dtype: "fp64", "fp32", "fp16" or "bf16".
+        replicated: Put every tensor whole into every shard.
+        block_bytes: Most bytes, as float32, to fetch at a time; at least one row is.
+
+    Raises:
+        NumericsError: If a value is NaN or infinite, or overflows `dtype`.
+        OutputError: If the disk is full, read-only or not ours, in every process.
+        ValueError: If `dtype` or `shards` makes no sense.
+    """
+    if dtype not in DTYPES or shards < 1:
+        raise ValueError(f"cannot write {shards} shards of {dtype!r}; known: {', '.join(DTYPES)}")
+    name, target = DTYPES[dtype]
+    writer = jax.process_index() == 0
+    failure: OSError | None = None
+    for shard in range(shards):
+        ranges = {
+            module: (0, source.shape[0])
+            if replicated
+            else shard_bounds(source.shape[0], shards, shard)
+            for module, source in tensors.items()
+        }
+        blocks = _blocks(folder.name, tensors, ranges, target, block_bytes)
+        if writer:
+            try:
+                if shard == 0:
+                    _make_empty(folder)
+                header = _header(tensors, ranges, name, target.itemsize)
+                _write_file(folder / shard_name(shard), header, blocks)
+            except OSError as error:
+                failure = error
+        if jax.process_count() > 1:
+            # Fetching needs everybody, so a writer without disk space keeps fetching too.
+            for _ in blocks:
+                pass
+        raise_together(failure, folder)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give every file of `source` a second name in `target`, without a second copy of it.
+
+    Copies where the file system has no hard links. Only process 0 does anything.
+
+    Raises:
+        OutputError: If neither a link nor a copy can be made.
+    """
+    failure: OSError | None = None
+    if jax.process_index() == 0:
+        try:
+            _make_empty(target)
+            for entry in sorted(source.iterdir()):
+                _link_file(entry, target / entry.name)
+        except OSError as error:
+            failure = error
+    raise_together(failure, target)
+
+
+def raise_together(failure: OSError | None, path: Path) -> None:
+    """Raise process 0's failed write to `path` in every process, so that none waits for it.
+
+    Raises:
+        OutputError: If process 0 passed a failure.
+    """
+    number = 0 if failure is None else failure.errno or errno.EIO
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    if number:
+        failure = failure or OSError(number, os.strerror(number))
+        raise output_error(failure, path) from failure
+
+
+def _blocks(
+    folder: str,
+    tensors: Mapping[str, TensorSource],
+    ranges: Ranges,
+    target: np.dtype,
+    block_bytes: int,
+) -> Iterator[Shaped[np.ndarray, "..."]]:
+    """The shard's rows, in order, checked and in the dtype they are stored in."""
+    for module, source in tensors.items():
+        start, stop = ranges[module]
+        step = max(1, block_bytes // max(1, 4 * math.prod(source.shape[1:])))
+        for first in range(start, stop, step):
+            block = source.rows(first, min(first + step, stop))
+            yield _converted(block, target, f"{module} in {folder}")
+
+
+def _converted(block: np.ndarray, target: np.dtype, where: str) -> np.ndarray:
+    if not np.isfinite(block).all():
+        raise NumericsError(
+            f"{where} holds NaN or infinity; expected finite numbers; "
+            "check the model and data, or compute in fp32"
+        )
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(block, dtype=target)
+    if cast is not block and not np.isfinite(cast).all():
+        raise NumericsError(
+            f"{where} holds {float(np.abs(block).max()):.3g}, beyond {target.name}'s range; "
+            "expected numbers that fit; use hessian_dtype fp32 or bf16"
+        )
+    return cast
+
+
+def _header(
+    tensors: Mapping[str, TensorSource], ranges: Ranges, dtype: str, itemsize: int
+) -> bytes:
+    """safetensors' header for one shard, padded so that the tensors start aligned."""
+    entries = {}
+    offset = 0
+    for module, source in tensors.items():
+        start, stop = ranges[module]
+        shape = [stop - start, *source.shape[1:]]
+        end = offset + math.prod(shape) * itemsize
+        entries[module] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_file(path: Path, header: bytes, blocks: Iterable[Shaped[np.ndarray, "..."]]) -> None:
+    try:
+        # A new file, never an open old one: that may be hard-linked elsewhere.
+        with open(path, "xb") as file:
+            file.write(header)
+            for block in blocks:
+                file.write(block.reshape(-1).view(np.uint8).data)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _make_empty(folder: Path) -> None:
+    """Make `folder`, or remove an earlier call's shards from it: there may have been more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("shard_*.safetensors"):
+        stale.unlink()
+
+
+def _link_file(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        shutil.copyfile(source, target)

@@ -1,0 +1,155 @@
+"""Where the exporter takes its rows from.
+
+A `TensorSource` has a shape and gives ranges of its rows as numpy, so that a shard is
+written piece by piece and no whole tensor is on the host. Rows may come from numpy, from a jax
+array on one device or on many, of one process or of several.
+"""
+
+import functools
+from typing import Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, Shaped
+
+Window = tuple[slice, ...]
+
+
+class TensorSource(Protocol):
+    """A tensor whose rows can be asked for, a range at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, without padding."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "..."]:
+        """Rows [start, stop) on the host.
+
+        In a run of several processes every process calls this in the same order.
+        """
+        ...
+
+
+class ArraySource:
+    """Rows of a numpy or jax array, or of one entry of a stack of them.
+
+    Args:
+        array: [*index, rows, columns] or [*index, values]; a jax array may be sharded over
+            devices and processes, but not along the indexed axes when processes share it.
+        index: Entry of the leading axes, e.g. the layer of a [layer, rows, columns] stack.
+        shape: Logical shape where the stored rows or columns are padded; the padding is at
+            the end and is left out.
+
+    Raises:
+        ValueError: If `index` is outside the stack or `shape` outside the entry.
+    """
+
+    def __init__(
+        self,
+        array: Shaped[Array, "..."] | Shaped[np.ndarray, "..."],
+        *,
+        index: int | tuple[int, ...] = (),
+        shape: tuple[int, ...] | None = None,
+    ):
+        self._array = array
+        self._index = (index,) if isinstance(index, int) else tuple(index)
+        stored = tuple(array.shape[len(self._index) :])
+        self.shape: tuple[int, ...] = stored if shape is None else tuple(shape)
+        outside = any(not 0 <= i < n for i, n in zip(self._index, array.shape, strict=False))
+        misfit = len(self.shape) != len(stored) or any(
+            n > m for n, m in zip(self.shape, stored, strict=False)
+        )
+        if outside or misfit or not stored:
+            raise ValueError(
+                f"no entry {self._index} of shape {self.shape} in an array of {array.shape}"
+            )
+
+    def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "..."]:
+        """Rows [start, stop), [stop − start, *shape[1:]], in the array's own dtype."""
+        window = (
+            *(slice(i, i + 1) for i in self._index),
+            slice(start, stop),
+            *(slice(0, n) for n in self.shape[1:]),
+        )
+        if not isinstance(self._array, jax.Array):
+            block = np.asarray(self._array[window])
+        elif self._array.is_fully_addressable:
+            block = _fetch_local(self._array, window)
+        else:
+            block = _fetch_global(self._array, window, len(self._index))
+        return block.reshape(stop - start, *self.shape[1:])
+
+
+class ScaledSource:
+    """Another source times a number, in float32 or the source's wider dtype."""
+
+    def __init__(self, source: TensorSource, scale: float):
+        self._source = source
+        self._scale = scale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the scaled source."""
+        return self._source.shape
+
+    def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "..."]:
+        """Rows [start, stop), scaled."""
+        block = self._source.rows(start, stop)
+        wide = np.promote_types(block.dtype, np.float32)
+        return np.multiply(block, wide.type(self._scale), dtype=wide)
+
+
+def _fetch_local(array: Array, window: Window) -> np.ndarray:
+    """`array[window]` of one process's array.
+
+    Each device's part is cut on that device. Slicing the sharded array as a whole would do
+    worse: with a traced start XLA gathers the entire operand on every device, and with a
+    static one it compiles again for every range.
+    """
+    out = np.empty([w.stop - w.start for w in window], array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id:
+            continue
+        held = [h.indices(n) for h, n in zip(shard.index, array.shape, strict=True)]
+        common = [
+            (max(w.start, lo), min(w.stop, hi)) for w, (lo, hi, _) in zip(window, held, strict=True)
+        ]
+        if any(start >= stop for start, stop in common):
+            continue
+        piece = jax.lax.dynamic_slice(
+            shard.data,
+            [start - lo for (start, _), (lo, _, _) in zip(common, held, strict=True)],
+            [stop - start for start, stop in common],
+        )
+        target = tuple(
+            slice(start - w.start, stop - w.start)
+            for (start, stop), w in zip(common, window, strict=True)
+        )
+        out[target] = np.asarray(piece)
+    return out
+
+
+def _fetch_global(array: Array, window: Window, indexed: int) -> np.ndarray:
+    """`array[window]` of an array that several processes hold; all of them call this.
+
+    The stack's entry is taken first, where no device needs another's data; then the rows,
+    with static bounds, for which XLA moves rows and not the whole operand.
+    """
+    from jax.experimental import multihost_utils
+
+    entry = _take_entry(array, tuple(np.int32(w.start) for w in window[:indexed]))
+    rows = _take_window(entry, tuple((w.start, w.stop) for w in window[indexed:]))
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
+@jax.jit
+def _take_entry(array: Array, index: tuple[np.int32, ...]) -> Array:
+    for i in index:
+        array = jax.lax.dynamic_index_in_dim(array, i, axis=0, keepdims=False)
+    return array
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _take_window(array: Array, bounds: tuple[tuple[int, int], ...]) -> Array:
+    return jax.lax.slice(array, [b[0] for b in bounds], [b[1] for b in bounds])
