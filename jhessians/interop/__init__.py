@@ -1,0 +1,1 @@
+"""Formats of other programs: torch files, safetensors shards, factored Hessian directories."""

@@ -1,0 +1,176 @@
+"""Read and write torch's `.pt`, `.pth` and `.bin` files, without torch.
+
+Values are nested dicts, lists and tuples of None, bool, int, float, str and arrays. Reading
+runs nothing that a file asks for (`_safe_pickle`): a file with anything else in it is refused.
+Writing gives what `torch.load(path, weights_only=True)` reads, the same bytes for the same
+value. Checksums are written but, like torch, not compared on reading.
+
+References:
+    torch `torch/serialization.py`; layout in `_torch_container`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from jhessians.interop import _safe_pickle
+from jhessians.interop._torch_container import (
+    Extent,
+    TorchContainer,
+    checkpoint_error,
+    open_container,
+    stamp_of,
+)
+from jhessians.interop._torch_records import RefusedPickleError, TensorRecord, need
+from jhessians.interop._torch_writer import save
+
+__all__ = ["LazyTensor", "load", "open_torch_file", "save"]
+
+# Expanded tensors (stride 0) hold more elements than their storage. A file of a few bytes may
+# not claim unbounded memory, so the surplus is limited per file.
+_MAX_EXPANDED_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file, read when asked.
+
+    Attributes:
+        shape: As torch would give it.
+        dtype: As numpy has it; bfloat16 and float8 from ml_dtypes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    _path: Path
+    _extent: Extent  # from the tensor's first element to its last
+    _byte_strides: tuple[int, ...]
+    _stamp: tuple[int, int]
+
+    def read(self) -> Shaped[np.ndarray, "..."]:
+        """The tensor's values, C-contiguous and writable; opens the file for this read alone.
+
+        Raises:
+            CheckpointError: The file is gone, has changed since it was opened, or the tensor
+                does not fit in memory.
+        """
+        try:
+            with self._path.open("rb") as file:
+                need(stamp_of(file) == self._stamp, "the file has changed since it was opened")
+                raw = _read_bytes(file, self._extent, self.dtype)
+            return np.asarray(_view(raw, 0, self), order="C")
+        except (OSError, RefusedPickleError, MemoryError) as error:
+            raise checkpoint_error(self._path, error) from None
+
+
+def open_torch_file(path: str | Path) -> Any:
+    """Read a torch file's structure, leaving its tensors on disk.
+
+    Host memory holds the pickle only. Tensors that share a storage, and views of any strides,
+    are read each from their own part of the file.
+
+    Args:
+        path: A file of `torch.save`, zip or legacy, protocol 2 to 5.
+
+    Returns:
+        The saved value with `LazyTensor` in place of tensors and parameters; `torch.Size`
+        becomes a tuple, attributes of a state_dict (`_metadata`) are dropped.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, not torch's, big-endian, compressed, or
+            holds anything but tensors, containers, numbers and strings.
+    """
+    return _open(path, lambda tensor, start: tensor)
+
+
+def load(path: str | Path) -> Any:
+    """Read a torch file whole, with numpy arrays in place of tensors.
+
+    Each storage is read once: arrays that shared memory in torch share it here, and a view may
+    be non-contiguous.
+
+    Args:
+        path: As for `open_torch_file`.
+
+    Raises:
+        CheckpointError: As for `open_torch_file`, or it does not fit in memory.
+    """
+    whole: dict[tuple[Extent, bool], np.ndarray] = {}
+
+    def read(tensor: LazyTensor, storage: Extent) -> np.ndarray:
+        key = (storage, tensor.dtype == np.bool_)
+        if key not in whole:
+            try:
+                with tensor._path.open("rb") as file:
+                    need(stamp_of(file) == tensor._stamp, "the file changed while it was read")
+                    whole[key] = _read_bytes(file, storage, tensor.dtype)
+            except OSError as error:
+                raise RefusedPickleError(str(error)) from None
+        return _view(whole[key], tensor._extent.start - storage.start, tensor)
+
+    return _open(path, read)
+
+
+def _open(path: str | Path, give: Callable[[LazyTensor, Extent], Any]) -> Any:
+    path = Path(path).absolute()
+    container = open_container(path)
+    expanded = 0
+
+    def tensor(record: TensorRecord) -> Any:
+        nonlocal expanded
+        storage = container.storages[record.storage.key]
+        lazy = _place(record, storage, path, container)
+        expanded += max(0, math.prod(lazy.shape) * lazy.dtype.itemsize - storage.nbytes)
+        need(
+            expanded <= _MAX_EXPANDED_BYTES,
+            "expanded tensors of {} bytes more than stored; save them after .contiguous()",
+            expanded,
+        )
+        return give(lazy, storage)
+
+    try:
+        return _safe_pickle.finish(container.value, tensor)
+    except (RefusedPickleError, MemoryError) as error:
+        raise checkpoint_error(path, error) from None
+
+
+def _place(
+    record: TensorRecord, storage: Extent, path: Path, container: TorchContainer
+) -> LazyTensor:
+    """Turn element counts into bytes, and check that the tensor lies within its storage."""
+    itemsize, shape = record.dtype.itemsize, record.shape
+    # Also for a tensor without elements, whose other dimensions numpy multiplies all the same.
+    addressable = math.prod(max(size, 1) for size in shape) * itemsize < 2**62
+    need(addressable, f"a tensor's shape needs more than 2**62 bytes ({len(shape)} dimensions)")
+    if 0 in shape:
+        return LazyTensor(
+            shape, record.dtype, path, Extent(storage.start, 0), (0,) * len(shape), container.stamp
+        )
+    # The stride of a dimension of size 1 is never used and may be anything.
+    strides = tuple(s if n > 1 else 0 for n, s in zip(shape, record.strides, strict=True))
+    count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    first, nbytes = record.offset * itemsize, count * itemsize
+    need(first + nbytes <= storage.nbytes, "a tensor reaches beyond storage {}", record.storage.key)
+    byte_strides = tuple(stride * itemsize for stride in strides)
+    extent = Extent(storage.start + first, nbytes)
+    return LazyTensor(shape, record.dtype, path, extent, byte_strides, container.stamp)
+
+
+def _read_bytes(file: BufferedReader, extent: Extent, dtype: np.dtype) -> np.ndarray:
+    raw = np.empty(extent.nbytes, np.uint8)
+    file.seek(extent.start)
+    need(file.readinto(raw.data) == extent.nbytes, "the file ends early")
+    if dtype == np.bool_:
+        np.not_equal(raw, 0, out=raw, casting="unsafe")  # numpy is undefined for other bytes
+    return raw
+
+
+def _view(raw: np.ndarray, start: int, tensor: LazyTensor) -> np.ndarray:
+    """`tensor` as a view of `raw` bytes, whose first element is at `start`."""
+    return np.ndarray(tensor.shape, tensor.dtype, raw, start, tensor._byte_strides)
