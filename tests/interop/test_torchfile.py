@@ -230,6 +230,18 @@ def test_storages_are_aligned_and_checksummed(tmp_path):
             assert tensor._extent.start % 64 == 0
 
 
+def test_storages_beyond_the_32_bit_zip_format(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)  # instead of writing 2 GiB
+    value = [np.arange(count, dtype=np.int64) for count in (3, 200, 5, 300)]
+    torchfile.save(value, path)
+    assert path.read_bytes().count(b"PK\x06\x06") == 1  # the 64-bit end record
+    found = torch.load(path, weights_only=True)
+    for lazy, tensor, array in zip(torchfile.open_torch_file(path), found, value, strict=True):
+        assert lazy._extent.start % 64 == 0
+        assert lazy.read().tolist() == tensor.tolist() == array.tolist()
+
+
 def peak_of(action) -> int:
     tracemalloc.start()
     try:
