@@ -114,5 +114,5 @@ class Decoder(nnx.Module):
 
 def norm(config: DecoderConfig, dtype: jnp.dtype) -> LayerNorm | RMSNorm:
     """The family's kind of norm over the residual stream."""
-    kind = {"layer": LayerNorm, "rms": RMSNorm}[config.norm]
+    kind: type[LayerNorm] | type[RMSNorm] = LayerNorm if config.norm == "layer" else RMSNorm
     return kind(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype)

@@ -25,6 +25,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def per_feature(vector: Float[Array, " d"], x: Float[Array, "*rows d"]) -> Float[Array, "*one d"]:
+    """A vector of features with as many axes as `x`; nothing here relies on rank promotion."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
 class Linear(Tapped):
     """y = x W + b, the layer whose inputs and output gradients every fold sees.
 
@@ -60,7 +65,7 @@ class Linear(Tapped):
     def __call__(self, x: Float[Array, "*rows i"]) -> Float[Array, "*rows o"]:
         kernel = self.kernel[...]
         y = x @ kernel if self.tape is None else self.tape.record(self, x, kernel)
-        return y if self.bias is None else y + self.bias[...]
+        return y if self.bias is None else y + per_feature(self.bias[...], y)
 
 
 class LayerNorm(nnx.Module):
@@ -76,8 +81,8 @@ class LayerNorm(nnx.Module):
         centred = wide - wide.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         normed = centred * lax.rsqrt(variance + self.epsilon)
-        scaled = normed * self.scale[...].astype(wide.dtype) + self.bias[...].astype(wide.dtype)
-        return scaled.astype(x.dtype)
+        scale, bias = (per_feature(p[...].astype(wide.dtype), x) for p in (self.scale, self.bias))
+        return (normed * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -90,7 +95,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.square(wide).mean(-1, keepdims=True)
-        return self.scale[...] * (wide * lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
+        normed = (wide * lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
+        return per_feature(self.scale[...], x) * normed
 
 
 class Stack(Tapped):

@@ -1,0 +1,135 @@
+"""A model's files: a local folder, or a snapshot on the Hugging Face Hub of which we take the
+files that we need, one after the other.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.reader import WEIGHT_FILES, read_json, shard_index
+from jhessians.errors import CheckpointError
+
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files come from.
+
+    Attributes:
+        folder: Where those that we have lie.
+        repository: The Hub's name for it; None for a folder of the user's own.
+        revision: The snapshot's commit, so that all files are of one.
+    """
+
+    folder: Path
+    repository: str | None = None
+    revision: str | None = None
+
+    def obtain(self, file: str) -> bool:
+        """Whether the model has this file, which then lies in `folder`."""
+        if (self.folder / file).is_file():
+            return True
+        if self.repository is None:
+            return False
+        return _download(self.repository, self.revision, file) is not None
+
+    def obtain_weights(self) -> None:
+        """Download the weights, unless they are there."""
+        for name in WEIGHT_FILES:
+            if self.obtain(name):
+                if name.endswith(".index.json"):
+                    for shard in sorted(set(shard_index(self.folder / name).values())):
+                        self.obtain(shard)
+                return
+
+    def obtain_tokenizer(self) -> bool:
+        """Download the tokenizer, and tell whether there is one."""
+        return any([self.obtain(name) for name in TOKENIZER_FILES])
+
+
+def find(name_or_folder: str | Path, revision: str | None = None) -> Source:
+    """A model's source, with its config.json.
+
+    Args:
+        name_or_folder: A folder, or a name on the Hub such as `EleutherAI/pythia-160m`.
+        revision: The Hub's branch, tag or commit; default the main branch.
+
+    Raises:
+        CheckpointError: If there is no such folder, or the Hub has no such model or can't be
+            reached.
+    """
+    name = str(name_or_folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Source(folder)
+    if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CheckpointError(f"{name} isn't a folder; expected one, or a name on the Hub")
+    config = _download(name, revision, "config.json")
+    if config is None:
+        raise CheckpointError(
+            f"{name} on the Hub has no config.json; expected a model in transformers' format"
+        )
+    read_json(config)
+    return Source(config.parent, name, config.parent.name)
+
+
+def load_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> Any:
+    """The tokenizer of a model, by transformers; None if the model has none.
+
+    Raises:
+        CheckpointError: As for `find`, or if transformers can't make sense of it.
+    """
+    return tokenizer_of(find(name_or_folder, revision))
+
+
+def tokenizer_of(source: Source) -> Any:
+    """The tokenizer among a model's files; None if there is none.
+
+    Raises:
+        CheckpointError: If transformers can't make sense of it.
+    """
+    if not source.obtain_tokenizer():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True)
+    except Exception as error:  # transformers raises whatever a broken file leads to
+        reason = " ".join(str(error).split())
+        where = source.repository or source.folder
+        raise CheckpointError(f"the tokenizer of {where} can't be loaded: {reason}") from None
+
+
+def _download(repository: str, revision: str | None, file: str) -> Path | None:
+    """A file from the Hub or its cache; None if the model has no such file."""
+    from huggingface_hub import errors, hf_hub_download
+
+    elsewhere = "give a local folder, or a name whose files are in the cache"
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except errors.LocalEntryNotFoundError:
+        if file != "config.json":  # the cache has the snapshot, and this file isn't in it
+            return None
+        reason = "the Hub can't be reached and the cache doesn't have it"
+    except errors.EntryNotFoundError:
+        return None
+    except errors.GatedRepoError:
+        reason, elsewhere = "it is gated", "accept its terms and log in, or give a local folder"
+    except errors.RepositoryNotFoundError:
+        reason = "there is no such folder, nor such a model on the Hub"
+    except errors.RevisionNotFoundError:
+        reason = f"it has no revision {revision!r}"
+    except (errors.HFValidationError, OSError, errors.HfHubHTTPError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    raise CheckpointError(f"cannot get {file} of {repository}: {reason}; {elsewhere}")

@@ -1,0 +1,111 @@
+"""Which kinds of checkpoints there are.
+
+`register` is open to everybody: a family of one's own is a `Family`, which is a config function
+and a table.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from converters import gpt2, gpt_neox, llama
+from converters.reader import read_json
+from converters.rules import Family, module_names
+from converters.settings import check_neutral
+from jhessians.errors import CheckpointError
+from jhessians.models.config import DecoderConfig
+from jhessians.models.decoder import Decoder
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make checkpoints of `family.model_type` loadable.
+
+    Raises:
+        ValueError: If there is another family of that name.
+    """
+    if _FAMILIES.setdefault(family.model_type, family) is not family:
+        raise ValueError(f"a family for model_type {family.model_type!r} exists already")
+    return family
+
+
+def supported() -> tuple[str, ...]:
+    """Every `model_type` that can be loaded, sorted."""
+    return tuple(sorted(_FAMILIES))
+
+
+def family_of(config: Any) -> Family:
+    """The family of a config of transformers'.
+
+    Raises:
+        CheckpointError: If there is none; the message says which there are.
+    """
+    return _family(config.model_type, "this config")
+
+
+def decoder_config(config: Any) -> DecoderConfig:
+    """What our decoder needs to know of a config of transformers'.
+
+    Raises:
+        CheckpointError: If the config asks for something that the decoder doesn't have.
+    """
+    family = family_of(config)
+    check_neutral(family, config)
+    return family.config(config)
+
+
+def name_linears(model: Decoder, family: Family) -> None:
+    """Name every linear as Hugging Face's base model does, which is how bergson knows it."""
+    for path, name in module_names(family).items():
+        module: Any = model
+        for step in path.split("."):
+            module = getattr(module, step, None)
+        if module is not None:
+            module.name = name
+
+
+def read_config(folder: Path) -> Any:
+    """transformers' config of a checkpoint folder; runs no code from the folder.
+
+    Raises:
+        CheckpointError: If there is no config.json, or it is of an unsupported or quantised model,
+            or transformers refuses it.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        hint = (
+            "it is an adapter; give its base model"
+            if (folder / "adapter_config.json").is_file()
+            else "expected a folder that save_pretrained wrote"
+        )
+        raise CheckpointError(f"{folder} has no config.json; {hint}")
+    raw = read_json(path)
+    family = _family(raw.get("model_type"), path)
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "?"
+        raise CheckpointError(
+            f"{path} describes a quantised checkpoint ({method}); expected plain floating-point "
+            "weights; give the model that it was made from"
+        )
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    kind = CONFIG_MAPPING[family.model_type] if family.model_type in CONFIG_MAPPING else None
+    try:
+        return (kind or PretrainedConfig).from_dict(raw)
+    except Exception as error:  # transformers raises whatever the offending setting leads to
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} isn't a valid {family.model_type} config: {reason}") from None
+
+
+def _family(model_type: Any, where: Any) -> Family:
+    if model_type not in _FAMILIES:
+        raise CheckpointError(
+            f"{where} has the model_type {json.dumps(model_type)}, which is not supported; "
+            f"expected one of {', '.join(supported())}"
+        )
+    return _FAMILIES[model_type]
+
+
+for _module in (gpt2, gpt_neox, llama):
+    register(_module.FAMILY)

@@ -1,0 +1,266 @@
+"""The engine: a family is a table of rules, and everything else follows from the table.
+
+A rule says which tensor of a checkpoint holds which of our parameters, and how the values are laid
+out there. `{layer}` in a tensor's name (or any other word in braces) stands for an index along a
+leading axis of our parameter: one stacked array of ours is many tensors of theirs.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from converters.reader import Checkpoint, StoredTensor
+from jhessians.errors import CheckpointError
+from jhessians.models.config import DecoderConfig
+
+Values = Shaped[np.ndarray, "..."]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How a tensor of theirs becomes one of ours; reversible, bit for bit."""
+
+    name: str
+    to_ours: Callable[[Values], Values]
+    to_theirs: Callable[[Values], Values]
+
+
+IDENTITY = Transform("identity", lambda x: x, lambda x: x)
+TRANSPOSE = Transform("transpose", lambda x: x.swapaxes(-1, -2), lambda x: x.swapaxes(-1, -2))
+"""[out, in], as torch keeps a linear's weight, ↔ [in, out]."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where a parameter of ours lies in a checkpoint.
+
+    Attributes:
+        ours: Its path in our module. A rule for a parameter that the module doesn't have (a bias,
+            where the config has none) rests.
+        theirs: The tensor's full name; words in braces index the parameter's leading axes.
+        transform: Between the tensor and the parameter's entry.
+        tied_to: Path of the parameter that a resting rule's tensor must repeat, if it is there.
+    """
+
+    ours: str
+    theirs: str
+    transform: Transform = IDENTITY
+    tied_to: str | None = None
+
+
+def linear(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Kernel and bias of a torch Linear."""
+    return (
+        Rule(f"{ours}.kernel", f"{theirs}.weight", TRANSPOSE),
+        Rule(f"{ours}.bias", f"{theirs}.bias"),
+    )
+
+
+def conv1d(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Kernel and bias of transformers' Conv1D, which keeps its weight [in, out] as we do."""
+    return Rule(f"{ours}.kernel", f"{theirs}.weight"), Rule(f"{ours}.bias", f"{theirs}.bias")
+
+
+def norm(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Scale and, where there is one, bias of a norm."""
+    return Rule(f"{ours}.scale", f"{theirs}.weight"), Rule(f"{ours}.bias", f"{theirs}.bias")
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that tells one kind of checkpoint from another, as data.
+
+    Attributes:
+        model_type: As config.json names it.
+        architecture: transformers' class with the language model's head.
+        base_prefix: What that class calls the model without the head; checkpoints of the bare
+            model lack it in their tensors' names.
+        config: Reads transformers' config; refuses by CheckpointError what we don't implement.
+        rules: The table.
+        renamed: Other names that tensors have in some checkpoints: pattern and replacement.
+        ignored: Patterns of full names of tensors that carry no weights.
+        reads: Settings of `converters.settings.NEUTRAL` that `config` looks at itself.
+    """
+
+    model_type: str
+    architecture: str
+    base_prefix: str
+    config: Callable[[Any], DecoderConfig]
+    rules: tuple[Rule, ...]
+    renamed: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+    reads: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place in our parameters of one tensor of theirs.
+
+    Attributes:
+        parameter: Path of the parameter.
+        index: Of the tensor's entry along its leading axes.
+        shape: Of the tensor, as they lay it out.
+        transform: From there to the entry.
+    """
+
+    parameter: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    transform: Transform
+
+
+def slots(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
+    """Every tensor that a checkpoint of this module has, by name.
+
+    Args:
+        family: The table.
+        shapes: Of the module's parameters, by path.
+
+    Raises:
+        ValueError: If the table doesn't name each parameter exactly once.
+    """
+    found: dict[str, Slot] = {}
+    filled: set[str] = set()
+    for rule in family.rules:
+        if rule.ours not in shapes:
+            continue
+        if rule.ours in filled:
+            raise ValueError(f"{family.model_type}'s table names {rule.ours} twice")
+        filled.add(rule.ours)
+        axes = _placeholders(rule.theirs)
+        leading, entry = shapes[rule.ours][: len(axes)], shapes[rule.ours][len(axes) :]
+        # A transform tells the shape that it gives from an array without memory.
+        shape = rule.transform.to_theirs(np.broadcast_to(np.float32(0), entry)).shape
+        for index in np.ndindex(leading):
+            name = rule.theirs.format(**dict(zip(axes, index, strict=True)))
+            if name in found:
+                raise ValueError(f"{family.model_type}'s table gives {name} to two parameters")
+            found[name] = Slot(rule.ours, index, shape, rule.transform)
+    if forgotten := sorted(set(shapes) - filled):
+        raise ValueError(f"{family.model_type}'s table has no rule for {', '.join(forgotten)}")
+    return found
+
+
+def match(
+    family: Family, wanted: Mapping[str, Slot], checkpoint: Checkpoint
+) -> dict[str, StoredTensor]:
+    """The checkpoint's tensor for every slot; nothing but names and shapes is read.
+
+    Returns:
+        Tensors under the slots' names, in the slots' order.
+
+    Raises:
+        CheckpointError: If tensors are missing, left over, there twice or of another shape.
+    """
+    found: dict[str, StoredTensor] = {}
+    unexpected, twice = [], []
+    tied = _tied_names(family, wanted)
+    for stored_name, name in _full_names(family, checkpoint).items():
+        tensor = checkpoint.tensors[stored_name]
+        if name in found:
+            twice.append(stored_name)
+        elif name in wanted:
+            found[name] = tensor
+        elif name not in tied and not any(re.fullmatch(p, name) for p in family.ignored):
+            unexpected.append(stored_name)
+    missing = [name for name in wanted if name not in found]
+    misshapen = [
+        f"{name} is {_dimensions(tensor.shape)} where config.json makes it "
+        f"{_dimensions(wanted[name].shape)}"
+        for name, tensor in found.items()
+        if tensor.shape != wanted[name].shape
+    ]
+    integers = [
+        f"{name} is stored as {tensor.dtype}"
+        for name, tensor in found.items()
+        if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype.name != "bfloat16"
+    ]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "there under two names": twice,
+        "misshapen": misshapen,
+        "not a plain floating-point tensor": integers,
+    }
+    if problems := [_count(kind, names) for kind, names in kinds.items() if names]:
+        raise CheckpointError(
+            f"{checkpoint.folder} doesn't fit its config.json ({family.model_type}): "
+            f"{'; '.join(problems)}; check that the folder is complete and of one model"
+        )
+    return {name: found[name] for name in wanted}
+
+
+def check_tied(family: Family, wanted: Mapping[str, Slot], checkpoint: Checkpoint) -> None:
+    """Make sure that tensors which a tied model stores twice are the same.
+
+    Raises:
+        CheckpointError: If one differs from the parameter that it is tied to.
+    """
+    tied = _tied_names(family, wanted)
+    stored = {
+        full: checkpoint.tensors[name] for name, full in _full_names(family, checkpoint).items()
+    }
+    for name, original in tied.items():
+        if name not in stored:
+            continue
+        copy, first = stored[name], stored[original]
+        if copy.shape != first.shape or not np.array_equal(copy.read(), first.read()):
+            raise CheckpointError(
+                f"{name} of {checkpoint.folder} differs from {original}, to which config.json "
+                "ties it; set tie_word_embeddings to false there, or remove the tensor"
+            )
+
+
+def module_names(family: Family) -> dict[str, str]:
+    """Hugging Face's name, relative to the base model, of every module with a kernel.
+
+    Returns:
+        Our path → theirs, with `{layer}` in it: the keys that torch bergson reads.
+    """
+    return {
+        rule.ours.removesuffix(".kernel"): rule.theirs.removesuffix(".weight").removeprefix(
+            f"{family.base_prefix}."
+        )
+        for rule in family.rules
+        if rule.ours.endswith(".kernel")
+    }
+
+
+def _tied_names(family: Family, wanted: Mapping[str, Slot]) -> dict[str, str]:
+    """Names of tensors that may repeat another one, and of that one."""
+    names = {slot.parameter: name for name, slot in wanted.items() if not slot.index}
+    return {
+        rule.theirs: names[rule.tied_to]
+        for rule in family.rules
+        if rule.tied_to in names and rule.ours not in names
+    }
+
+
+def _full_names(family: Family, checkpoint: Checkpoint) -> dict[str, str]:
+    """A checkpoint's own names → the table's: renamed, and with the base model's prefix."""
+    prefix = f"{family.base_prefix}."
+    outside = {rule.theirs for rule in family.rules if not rule.theirs.startswith(prefix)}
+    names = {}
+    for name in checkpoint.tensors:
+        full = name
+        for pattern, replacement in family.renamed:
+            full = re.sub(pattern, replacement, full)
+        names[name] = full if full.startswith(prefix) or full in outside else prefix + full
+    return names
+
+
+def _placeholders(template: str) -> list[str]:
+    return re.findall(r"\{(\w+)\}", template)
+
+
+def _dimensions(shape: Iterable[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _count(kind: str, names: list[str], shown: int = 3) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{kind}: {', '.join(names[:shown])}{rest}"

@@ -1,0 +1,170 @@
+"""safetensors files, read one tensor at a time and written one tensor at a time.
+
+Plain reads rather than a memory map: a map's pages count as this process's memory for as long as
+the file is open, and a file that shrinks under a map kills the process.
+
+References:
+    safetensors' format: 8 bytes little-endian header length, JSON header, then the tensors.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Shaped
+
+from jhessians.errors import CheckpointError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+"""safetensors' name → numpy's dtype."""
+
+_LONGEST_HEADER = 100 * 2**20  # the format's own limit
+
+
+@dataclass(frozen=True)
+class SafetensorsTensor:
+    """A tensor in a safetensors file, read when asked."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    start: int
+
+    def read(self) -> Shaped[np.ndarray, "..."]:
+        """The values, C-contiguous and writable; opens the file for this read alone.
+
+        Raises:
+            CheckpointError: If the file is gone or has become shorter.
+        """
+        raw = np.empty(math.prod(self.shape) * self.dtype.itemsize, np.uint8)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.start)
+                view = raw.data
+                # One raw read gives at most 2 GiB.
+                while view and (count := file.readinto(view)):
+                    view = view[count:]
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from None
+        if view:
+            raise CheckpointError(f"{self.path} became shorter while it was read; download again")
+        return raw.view(self.dtype).reshape(self.shape)
+
+
+def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
+    """The tensors of a file by name, in its order, after checking that all of it is there.
+
+    Raises:
+        CheckpointError: If the file is cut short or isn't a safetensors file, or names a tensor
+            twice.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise _damaged(path, f"its {size} bytes do not hold the header")
+            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except _RepeatedNameError as error:
+        raise CheckpointError(f"{path} names {error} twice; expected one tensor per name") from None
+    except ValueError:
+        raise _damaged(path, "its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a table")
+    header.pop("__metadata__", None)
+    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = max((t.start + _bytes(t) for t in tensors.values()), default=8 + length)
+    if end != size:
+        raise _damaged(path, f"it has {size} bytes where its header promises {end}")
+    return tensors
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    values: Iterable[Shaped[np.ndarray, "..."]],
+) -> None:
+    """Write a file whose tensors are produced one at a time.
+
+    Args:
+        path: The new file.
+        tensors: Shape and dtype by name, in the order in which they are written.
+        values: The tensors, in that order.
+
+    Raises:
+        OSError: If the disk is full or not ours to write to.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    offset = 0
+    for name, (shape, dtype) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in values:
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+
+
+def _entry(path: Path, name: str, entry: Any, data: int) -> SafetensorsTensor:
+    try:
+        code, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+        start, end = (int(n) for n in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(path, f"its entry of {name} can't be understood") from None
+    if code not in DTYPES:
+        raise CheckpointError(
+            f"{name} in {path.name} is stored as {code}; expected one of {', '.join(DTYPES)}"
+        )
+    tensor = SafetensorsTensor(path, shape, DTYPES[code], data + start)
+    if min((start, *shape), default=0) < 0 or end - start != _bytes(tensor):
+        raise _damaged(path, f"its entry of {name} contradicts itself")
+    return tensor
+
+
+def _bytes(tensor: SafetensorsTensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated or damaged: {what}; download it again")
+
+
+class _RepeatedNameError(Exception):
+    pass
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise _RepeatedNameError(name)
+        seen.add(name)
+    return dict(pairs)

@@ -1,0 +1,61 @@
+"""Settings of a config that change the model, and the values at which they don't.
+
+A family's config function reads the settings that its architecture has. Any other setting of this
+table must be at rest, for our decoder would pass over it in silence.
+"""
+
+from typing import Any
+
+from converters.rules import Family
+from jhessians.errors import CheckpointError
+from jhessians.models.layers import ACTIVATIONS
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (None, False),
+    "alibi": (None, False),
+    "attention_multiplier": (None,),
+    "attn_logit_softcapping": (None,),
+    "clip_qkv": (None,),
+    "embedding_multiplier": (None, 1),
+    "final_logit_softcapping": (None,),
+    "is_encoder_decoder": (None, False),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "no_rope_layers": (None, []),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "qk_layernorm": (None, False),
+    "residual_multiplier": (None, 1),
+    "rope_interleaved": (None, False),
+    "sliding_window": (None,),
+    "use_qk_norm": (None, False),
+}
+
+
+def check_neutral(family: Family, config: Any) -> None:
+    """Refuse settings that belong to another architecture.
+
+    Raises:
+        CheckpointError: If one that the family doesn't read is not at rest.
+    """
+    for name, values in NEUTRAL.items():
+        given = getattr(config, name, None)
+        if name not in family.reads and given not in values:
+            raise CheckpointError(
+                f"config.json sets {name} to {given!r}, which {family.model_type} models don't "
+                f"have here; expected {' or '.join(map(repr, values[1:] or values))}"
+            )
+
+
+def activation(name: str) -> str:
+    """The name, if it is an activation that the decoder has.
+
+    Raises:
+        CheckpointError: If it isn't.
+    """
+    if name not in ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json asks for the activation {name!r}; expected one of "
+            f"{', '.join(sorted(ACTIVATIONS))}"
+        )
+    return name
