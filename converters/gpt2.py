@@ -47,9 +47,7 @@ FAMILY = Family(
         Rule("embedding", "transformer.wte.weight"),
         Rule("position_embedding", "transformer.wpe.weight"),
         *norm("layers.blocks.attention_norm", "transformer.h.{layer}.ln_1"),
-        *conv1d(
-            "layers.blocks.attention.query_key_value", "transformer.h.{layer}.attn.c_attn"
-        ),
+        *conv1d("layers.blocks.attention.query_key_value", "transformer.h.{layer}.attn.c_attn"),
         *conv1d("layers.blocks.attention.output", "transformer.h.{layer}.attn.c_proj"),
         *norm("layers.blocks.mlp_norm", "transformer.h.{layer}.ln_2"),
         *conv1d("layers.blocks.mlp.up", "transformer.h.{layer}.mlp.c_fc"),

@@ -169,9 +169,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> Arr
     return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
 
 
-def _write(
-    buffer: Array, entry: Array, index: tuple[int, ...], sharding: Sharding | None
-) -> Array:
+def _write(buffer: Array, entry: Array, index: tuple[int, ...], sharding: Sharding | None) -> Array:
     """`buffer` with `entry` at `index`, in the memory of `buffer`."""
     return _writer(sharding)(buffer, entry, tuple(np.int32(i) for i in index))
 

@@ -137,7 +137,9 @@ def _open_file(path: Path) -> Mapping[str, StoredTensor]:
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected named tensors")
     for name, tensor in value.items():
         if not isinstance(name, str) or not isinstance(tensor, LazyTensor):
-            raise CheckpointError(f"{path} holds {name!r}, which isn't a tensor; expected only such")
+            raise CheckpointError(
+                f"{path} holds {name!r}, which isn't a tensor; expected only such"
+            )
     return value
 
 

@@ -95,7 +95,9 @@ def read_config(folder: Path) -> Any:
         return (kind or PretrainedConfig).from_dict(raw)
     except Exception as error:  # transformers raises whatever the offending setting leads to
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} isn't a valid {family.model_type} config: {reason}") from None
+        raise CheckpointError(
+            f"{path} isn't a valid {family.model_type} config: {reason}"
+        ) from None
 
 
 def _family(model_type: Any, where: Any) -> Family:
