@@ -6,6 +6,7 @@ together; there are several only so that each collective runs over a short one.
 """
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,16 @@ from jhessians.typing import Array, PyTree
 LONGEST_AXIS = (
     8  # measured: from 16 chips on, a flat axis turns a reduce-scatter into an all-reduce
 )
+
+
+def start_hosts() -> None:
+    """Join the other hosts of this run, if the environment names a coordinator.
+
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say where, of how
+    many, and which one this is; on TPU pods and under SLURM the address alone is enough.
+    """
+    if os.environ.get("JAX_COORDINATOR_ADDRESS") and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
 
 
 def make_mesh(devices: int | None = None) -> Mesh:

@@ -70,6 +70,7 @@ class RunDirectory:
 
     def __enter__(self) -> Path:
         if not self.writer:
+            self._check_free()
             return self.part
         try:
             self._check_free()

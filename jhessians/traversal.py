@@ -56,17 +56,26 @@ def find_sites(
         return loss(copy, batch)
 
     jax.eval_shape(trace, state, batch)
-    sites: dict[str, Site] = {}
-    owner: dict[tuple, str] = {}
-    for site, read in listener.calls.values():
+    first: dict[int, str] = {}
+    sites = {}
+    for name, (site, read) in listener.calls.items():
+        input_site = name if read is None else first.setdefault(id(read), name)
+        sites[name] = replace(site, ones=include_bias and site.use_bias, input_site=input_site)
+    return restrict(sites, select)
+
+
+def restrict(sites: Mapping[str, Site], select: Callable[[str], bool]) -> dict[str, Site]:
+    """The sites, and of stacks the layers, whose full module names `select` accepts."""
+    kept: dict[str, Site] = {}
+    owners: dict[tuple, str] = {}
+    for site in sites.values():
         layers = site.layers and tuple(i for i in site.layers if select(site.name.format(layer=i)))
         if not (layers if site.layers else select(site.name)):
             continue
-        ones = include_bias and site.use_bias
-        key = (id(read), layers, ones) if read is not None else (site.name,)
-        input_site = owner.setdefault(key, site.name)
-        sites[site.name] = replace(site, ones=ones, layers=layers, input_site=input_site)
-    return sites
+        # Input statistics are shared only where they are the same in every layer.
+        owner = owners.setdefault((site.input_site, layers, site.ones), site.name)
+        kept[site.name] = replace(site, layers=layers, input_site=owner)
+    return kept
 
 
 class _Listener:

@@ -23,8 +23,11 @@ LENGTH_MULTIPLE = 8
 MAX_CANDIDATES = 500
 """Bucket boundaries are chosen among at most so many lengths, which bounds the search's time."""
 
-WORTH_A_SHAPE = 0.01
-"""A plan with fewer shapes wins if it costs at most this share of padded tokens more."""
+SHAPE_COST = 8192
+"""A compilation takes about as long as this many positions, so a shape must save more than them.
+
+Measured on two CPU cores, a 20M-parameter model: 2 s, in which it computes 2,200 positions; smaller
+models compute more meanwhile, larger ones compile longer."""
 
 
 class Batch(NamedTuple):
@@ -189,8 +192,7 @@ def _bucket_lengths(
         previous.append(through.argmin(axis=0))
         cost = through.min(axis=0)
         totals.append(cost[size])
-    enough = min(totals) * (1 + WORTH_A_SHAPE)
-    buckets = next(k for k, total in enumerate(totals) if total <= enough) + 1
+    buckets = int(np.argmin(np.array(totals) + SHAPE_COST * np.arange(len(totals)))) + 1
 
     ends, end = [], size
     for step in reversed(previous[:buckets]):

@@ -1,8 +1,8 @@
 """Write row-sharded safetensors without ever holding a shard.
 
-A shard is written header first, then block after block of rows, each fetched when its turn
-comes: the host holds one block, whatever the size of a tensor. In a run of several processes
-all of them fetch, and process 0 writes.
+All shards are open at once, each with its header in place, and grow block after block of rows,
+each fetched when its turn comes: the host holds one block, whatever the size of a tensor. In a run
+of several processes all of them fetch, and process 0 writes.
 
 References:
     safetensors' format: 8 bytes little-endian header length, JSON header, then the tensors.
@@ -13,7 +13,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -64,29 +65,30 @@ def write_sharded(
     if dtype not in DTYPES or shards < 1:
         raise ValueError(f"cannot write {shards} shards of {dtype!r}; known: {', '.join(DTYPES)}")
     name, target = DTYPES[dtype]
-    writer = jax.process_index() == 0
-    failure: OSError | None = None
-    for shard in range(shards):
-        ranges = {
+    ranges = [
+        {
             module: (0, source.shape[0])
             if replicated
             else shard_bounds(source.shape[0], shards, shard)
             for module, source in tensors.items()
         }
-        blocks = _blocks(folder.name, tensors, ranges, target, block_bytes)
-        if writer:
-            try:
-                if shard == 0:
-                    _make_empty(folder)
-                header = _header(tensors, ranges, name, target.itemsize)
-                _write_file(folder / shard_name(shard), header, blocks)
-            except OSError as error:
-                failure = error
-        if jax.process_count() > 1:
-            # Fetching needs everybody, so a writer without disk space keeps fetching too.
-            for _ in blocks:
-                pass
-        raise_together(failure, folder)
+        for shard in range(shards)
+    ]
+    headers = [_header(tensors, each, name, target.itemsize) for each in ranges]
+    paths = [folder / shard_name(shard) for shard in range(shards)]
+    blocks = _blocks(folder.name, tensors, ranges, target, block_bytes)
+    failure: OSError | None = None
+    if jax.process_index() == 0:
+        try:
+            _make_empty(folder)
+            _write_files(paths, headers, blocks)
+        except OSError as error:
+            failure = error
+    if jax.process_count() > 1:
+        # Fetching needs everybody, so a writer without disk space keeps fetching too.
+        for _ in blocks:
+            pass
+    raise_together(failure, folder)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -127,17 +129,21 @@ def raise_together(failure: OSError | None, path: Path) -> None:
 def _blocks(
     folder: str,
     tensors: Mapping[str, TensorSource],
-    ranges: Ranges,
+    ranges: Sequence[Ranges],
     target: np.dtype,
     block_bytes: int,
-) -> Iterator[Shaped[np.ndarray, "..."]]:
-    """The shard's rows, in order, checked and in the dtype they are stored in."""
+) -> Iterator[tuple[int, Shaped[np.ndarray, "..."]]]:
+    """Shard and rows, module by module, checked and in the dtype they are stored in.
+
+    Modules come first, so that a source which must build its tensor whole does so once.
+    """
     for module, source in tensors.items():
-        start, stop = ranges[module]
         step = max(1, block_bytes // max(1, 4 * math.prod(source.shape[1:])))
-        for first in range(start, stop, step):
-            block = source.rows(first, min(first + step, stop))
-            yield _converted(block, target, f"{module} in {folder}")
+        for shard, each in enumerate(ranges):
+            start, stop = each[module]
+            for first in range(start, stop, step):
+                block = source.rows(first, min(first + step, stop))
+                yield shard, _converted(block, target, f"{module} in {folder}")
 
 
 def _converted(block: np.ndarray, target: np.dtype, where: str) -> np.ndarray:
@@ -173,15 +179,23 @@ def _header(
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_file(path: Path, header: bytes, blocks: Iterable[Shaped[np.ndarray, "..."]]) -> None:
+def _write_files(
+    paths: Sequence[Path],
+    headers: Sequence[bytes],
+    blocks: Iterable[tuple[int, Shaped[np.ndarray, "..."]]],
+) -> None:
+    """Grow all shards side by side; on any failure none of them stays."""
     try:
-        # A new file, never an open old one: that may be hard-linked elsewhere.
-        with open(path, "xb") as file:
-            file.write(header)
-            for block in blocks:
-                file.write(block.reshape(-1).view(np.uint8).data)
+        with ExitStack() as stack:
+            # New files, never open old ones: those may be hard-linked elsewhere.
+            files = [stack.enter_context(open(path, "xb")) for path in paths]
+            for file, header in zip(files, headers, strict=True):
+                file.write(header)
+            for shard, block in blocks:
+                files[shard].write(block.reshape(-1).view(np.uint8).data)
     except BaseException:
-        path.unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
         raise
 
 

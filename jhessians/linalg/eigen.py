@@ -1,0 +1,110 @@
+"""Eigendecomposition of symmetric positive semi-definite matrices in float64 on the host.
+
+LAPACK's divide and conquer (evd): in float32 the spectrum of a covariance has hundreds of negative
+eigenvalues. A matrix is one task of one thread, the costliest first, so that many run side by
+side.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import scipy.linalg
+from jaxtyping import Float
+from threadpoolctl import threadpool_limits
+
+from jhessians.errors import NumericsError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Eigen(NamedTuple):
+    """Eigenvalues, ascending, and eigenvectors as columns."""
+
+    values: Float[np.ndarray, " d"]
+    vectors: Float[np.ndarray, "d d"]
+
+
+def eigendecompose(
+    name: str, matrix: Float[np.ndarray, "d d"], count: int, dtype: np.dtype
+) -> Eigen:
+    """Eigenpairs of (C + Cᵀ) / (2 count).
+
+    Args:
+        name: What it is, for error messages.
+        matrix: C, a sum over positions; overwritten if it is float64.
+        count: Positions summed; at least 1.
+        dtype: Of the result. The computation is in float64.
+
+    Raises:
+        NumericsError: If C isn't finite, or LAPACK does not converge.
+    """
+    if not np.isfinite(matrix).all():
+        raise NumericsError(
+            f"{name} holds NaN or infinity; expected finite numbers: check the "
+            "weights, or use --precision fp32"
+        )
+    symmetric = matrix.astype(np.float64)
+    symmetric += matrix.T
+    symmetric /= 2 * count
+    try:
+        values, vectors = scipy.linalg.eigh(
+            symmetric, driver="evd", overwrite_a=True, check_finite=False
+        )
+    except np.linalg.LinAlgError as error:
+        raise NumericsError(
+            f"the eigendecomposition of {name} did not converge: {error}"
+        ) from error
+    return Eigen(values.astype(dtype), np.ascontiguousarray(vectors.astype(dtype)))
+
+
+def ordered_map(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, window: int
+) -> Iterator[Result]:
+    """`function` of every item, in order, on threads that have one BLAS thread each.
+
+    Items are drawn on the caller's thread, at most `window` ahead of the result that is yielded,
+    so that neither all inputs nor all results are in memory at once.
+    """
+    items = iter(items)
+    waiting: deque[Future[Result]] = deque()
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= window:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_by_cost(dimensions: Sequence[int], hosts: int) -> list[int]:
+    """Which host decomposes each matrix, so that their costs, d³ each, are about equal.
+
+    The costliest go first, each to the host that has least to do.
+    """
+    owners = [0] * len(dimensions)
+    loads = [0] * hosts
+    for i in sorted(range(len(dimensions)), key=lambda i: -dimensions[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += dimensions[i] ** 3
+    return owners
+
+
+def outer_eigenvalues(
+    gradient: Float[np.ndarray, " o"], activation: Float[np.ndarray, " i"], per_document: float
+) -> Float[np.ndarray, "o i"]:
+    """Eigenvalues λ_S ⊗ λ_A of the Kronecker product, per document instead of per position."""
+    return np.outer(gradient, activation) * np.asarray(per_document, gradient.dtype)

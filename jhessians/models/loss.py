@@ -1,0 +1,138 @@
+"""Next-token cross-entropy whose logits never exist whole, on data-set or sampled labels.
+
+tokens: [document, position]. A document's loss is the sum over its labelled next-token positions.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jhessians.data.batching import Batch
+from jhessians.models.decoder import Decoder
+from jhessians.typing import Array, Float, Int
+
+CHUNK_LOGITS = 1 << 22  # logits of a chunk: 16 MiB in float32, of which a few copies live at once
+NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class NextTokenLoss:
+    """The loss whose gradients the curvature is made of; `loss(model, batch)` sums over documents.
+
+    Attributes:
+        labels: `dataset` for the empirical Fisher; `sampled` draws every label from the model's
+            own distribution, which gives the true Fisher in expectation. Only positions with a
+            data-set label get one either way.
+        reduction: `sum`, or `mean`: the gradient divided by the square root of the document's
+            labelled positions, since a curvature is quadratic in it.
+        seed: Of the draws. A label depends on (seed, document, position) and on nothing else.
+    """
+
+    labels: Literal["dataset", "sampled"] = "sampled"
+    reduction: Literal["sum", "mean"] = "sum"
+    seed: int = 0
+
+    def __call__(self, model: Decoder, batch: Batch) -> Float[Array, ""]:
+        n, s = batch.tokens.shape
+        lengths = batch.position_mask.sum(1, dtype=jnp.int32) + 1
+        hidden = model.hidden(batch.tokens, lengths)
+
+        targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=NO_LABEL)
+        labelled = targets != NO_LABEL
+        weights = labelled.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        if self.reduction == "mean":
+            weights /= jnp.sqrt(jnp.maximum(weights.sum(1, keepdims=True), 1))
+        position = jnp.broadcast_to(jnp.arange(s)[None], (n, s))
+        document = jnp.broadcast_to(batch.document[:, None], (n, s))
+
+        flat = [x.reshape(n * s, *x.shape[2:]) for x in (targets, weights, document, position)]
+        return self._chunked(model, hidden.reshape(n * s, -1), *flat)
+
+    def _chunked(
+        self,
+        model: Decoder,
+        hidden: Float[Array, "t d"],
+        targets: Int[Array, " t"],
+        weights: Float[Array, " t"],
+        document: Int[Array, " t"],
+        position: Int[Array, " t"],
+    ) -> Float[Array, ""]:
+        """The weighted loss of all positions, with its gradient taken chunk by chunk.
+
+        Loss and gradient at the hidden states are computed together while a chunk's logits exist,
+        so the backward pass needs neither them nor a second product with the head.
+        """
+        rows = hidden.shape[0]
+        size = max(1, min(rows, CHUNK_LOGITS // model.config.vocabulary_size))
+        chunks = -(-rows // size)
+        size = -(-rows // chunks)
+
+        def split(x: Array, fill: float = 0) -> Array:
+            width = ((0, chunks * size - rows),) + ((0, 0),) * (x.ndim - 1)
+            return jnp.pad(x, width, constant_values=fill).reshape(chunks, size, *x.shape[1:])
+
+        def step(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+            hidden, targets, weights, document, position = chunk
+            value, gradient = jax.value_and_grad(self._weighted)(
+                hidden, model, targets, weights, document, position
+            )
+            return total + value, gradient
+
+        fixed = lax.stop_gradient(hidden)
+        pieces = (split(fixed), split(targets, NO_LABEL), split(weights), split(document),
+                  split(position))  # fmt: skip
+        value, gradient = lax.scan(step, jnp.zeros((), weights.dtype), pieces)
+        gradient = gradient.reshape(chunks * size, -1)[:rows]
+        # Zero in value; in the backward pass it hands `gradient` to the hidden states.
+        return value + jnp.sum((gradient * (hidden - fixed)).astype(value.dtype))
+
+    def _weighted(
+        self,
+        hidden: Float[Array, "t d"],
+        model: Decoder,
+        targets: Int[Array, " t"],
+        weights: Float[Array, " t"],
+        document: Int[Array, " t"],
+        position: Int[Array, " t"],
+    ) -> Float[Array, ""]:
+        """Σ weight · cross-entropy over one chunk's positions."""
+        logits = model.logits(hidden).astype(weights.dtype)
+        labels = jnp.where(targets == NO_LABEL, 0, targets)
+        if self.labels == "sampled":
+            labels = sample(lax.stop_gradient(logits), document, position, self.seed)
+        chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - chosen))
+
+
+def sample(
+    logits: Float[Array, "t v"], document: Int[Array, " t"], position: Int[Array, " t"], seed: int
+) -> Int[Array, " t"]:
+    """One label per row from softmax(logits): first a block of tokens, then one of its tokens.
+
+    Both draws use the Gumbel-max trick, and the two stages take 2 √V random numbers a row instead
+    of V. The row's key is a function of (seed, document, position), so the draw does not move with
+    batch, padding or mesh. (Inverting the distribution function would take a single random number,
+    but there rounding moves the result far more often.)
+    """
+    rows, vocabulary = logits.shape
+    width = math.isqrt(vocabulary - 1) + 1
+    blocks = -(-vocabulary // width)
+    missing = blocks * width - vocabulary
+    padded = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    by_block = padded.reshape(rows, blocks, width)
+
+    def noise(document: Array, position: Array) -> tuple[Array, Array]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), document), position)
+        return tuple(
+            jax.random.gumbel(k, (size,), logits.dtype)
+            for k, size in zip(jax.random.split(key), (blocks, width), strict=True)
+        )
+
+    block_noise, token_noise = jax.vmap(noise)(document, position)
+    block = jnp.argmax(jax.nn.logsumexp(by_block, axis=-1) + block_noise, axis=-1)
+    within = jnp.take_along_axis(by_block, block[:, None, None], axis=1)[:, 0]
+    return block * width + jnp.argmax(within + token_noise, axis=-1)
