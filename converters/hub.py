@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.reader import WEIGHT_FILES, read_json, shard_index
+from converters.reader import WEIGHT_FILES, shard_index
 from jhessians.errors import CheckpointError
 
 TOKENIZER_FILES = (
@@ -30,19 +30,22 @@ class Source:
         folder: Where those that we have lie.
         repository: The Hub's name for it; None for a folder of the user's own.
         revision: The snapshot's commit, so that all files are of one.
+        files: What the repository has; nothing if it can't be reached.
     """
 
     folder: Path
     repository: str | None = None
     revision: str | None = None
+    files: frozenset[str] = frozenset()
 
     def obtain(self, file: str) -> bool:
         """Whether the model has this file, which then lies in `folder`."""
         if (self.folder / file).is_file():
             return True
-        if self.repository is None:
+        if self.repository is None or file not in self.files:
             return False
-        return _download(self.repository, self.revision, file) is not None
+        _download(self.repository, self.revision, file)
+        return True
 
     def obtain_weights(self) -> None:
         """Download the weights, unless they are there."""
@@ -76,12 +79,7 @@ def find(name_or_folder: str | Path, revision: str | None = None) -> Source:
     if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name} isn't a folder; expected one, or a name on the Hub")
     config = _download(name, revision, "config.json")
-    if config is None:
-        raise CheckpointError(
-            f"{name} on the Hub has no config.json; expected a model in transformers' format"
-        )
-    read_json(config)
-    return Source(config.parent, name, config.parent.name)
+    return Source(config.parent, name, config.parent.name, _list(name, config.parent.name))
 
 
 def load_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> Any:
@@ -111,25 +109,33 @@ def tokenizer_of(source: Source) -> Any:
         raise CheckpointError(f"the tokenizer of {where} can't be loaded: {reason}") from None
 
 
-def _download(repository: str, revision: str | None, file: str) -> Path | None:
-    """A file from the Hub or its cache; None if the model has no such file."""
+def _download(repository: str, revision: str | None, file: str) -> Path:
+    """A file from the Hub or its cache."""
     from huggingface_hub import errors, hf_hub_download
 
-    elsewhere = "give a local folder, or a name whose files are in the cache"
+    remedy = "give a local folder, or a name whose files are in the cache"
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
     except errors.LocalEntryNotFoundError:
-        if file != "config.json":  # the cache has the snapshot, and this file isn't in it
-            return None
         reason = "the Hub can't be reached and the cache doesn't have it"
     except errors.EntryNotFoundError:
-        return None
+        reason, remedy = "the model doesn't have it", "expected one in transformers' format"
     except errors.GatedRepoError:
-        reason, elsewhere = "it is gated", "accept its terms and log in, or give a local folder"
+        reason, remedy = "it is gated", "accept its terms and log in, or give a local folder"
     except errors.RepositoryNotFoundError:
         reason = "there is no such folder, nor such a model on the Hub"
     except errors.RevisionNotFoundError:
-        reason = f"it has no revision {revision!r}"
-    except (errors.HFValidationError, OSError, errors.HfHubHTTPError) as error:
+        reason, remedy = f"it has no revision {revision!r}", "give a branch, tag or commit it has"
+    except Exception as error:  # whatever the connection, the Hub or the disk comes up with
         reason = " ".join(str(error).split()) or type(error).__name__
-    raise CheckpointError(f"cannot get {file} of {repository}: {reason}; {elsewhere}")
+    raise CheckpointError(f"cannot get {file} of {repository}: {reason}; {remedy}")
+
+
+def _list(repository: str, revision: str) -> frozenset[str]:
+    """The names of a snapshot's files; none if the Hub can't be reached."""
+    from huggingface_hub import HfApi
+
+    try:
+        return frozenset(HfApi().list_repo_files(repository, revision=revision))
+    except Exception:  # without a connection the cache is all that there is
+        return frozenset()

@@ -6,7 +6,7 @@ tensor.
 """
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Shaped
+from jaxtyping import Array
 
 from converters import hub, registry, rules
 from converters.reader import StoredTensor, open_checkpoint
@@ -71,13 +71,13 @@ def load(
         raise ValueError("fsdp shards parameters over a mesh; give one")
     source = hub.find(name_or_folder, revision)
     config = registry.read_config(source.folder)
-    decoder_config = registry.decoder_config(config)
+    registry.decoder_config(config)  # refuses before anything large is downloaded
     family = registry.family_of(config)
     source.obtain_weights()
     checkpoint = open_checkpoint(source.folder)
 
     def build(dtype: Any) -> Decoder:
-        return nnx.eval_shape(lambda: Decoder(decoder_config, dtype=dtype, rngs=nnx.Rngs(0)))
+        return nnx.eval_shape(lambda: registry.create(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
     wanted = rules.slots(family, parameter_shapes(build(jnp.float32)))
     stored = rules.match(family, wanted, checkpoint)
@@ -89,7 +89,6 @@ def load(
             "set JAX_ENABLE_X64=1, or load it as float32"
         )
     model = build(dtype)
-    registry.name_linears(model, family)
     if mesh is not None and fsdp:
         mark_sharded(model, mesh)
     _fill(model, wanted, stored, mesh)
@@ -123,41 +122,50 @@ def _fill(
     mesh: Mesh | None,
 ) -> None:
     """Read every tensor into its parameter; `model` holds shapes before and arrays after."""
-    state = nnx.state(model, nnx.Param)
-    flat = dict(nnx.to_flat_state(state))
-    specs = None if mesh is None else dict(nnx.to_flat_state(parameter_specs(state, mesh)))
     names: dict[str, list[str]] = {}
     for name, slot in wanted.items():
         names.setdefault(slot.parameter, []).append(name)
+    state = nnx.state(model, nnx.Param)
+    flat = dict(nnx.to_flat_state(state))
+    specs = {} if mesh is None else dict(nnx.to_flat_state(parameter_specs(state, mesh)))
     for path, variable in flat.items():
-        spec = P() if specs is None else specs[path].get_value()
+        spec = None if mesh is None else tuple(specs[path].get_value())
         shape, dtype = tuple(variable.shape), variable.dtype
-        whole = None if mesh is None else NamedSharding(mesh, spec)
-        buffer = None
+        array = None
         for name in names[".".join(map(str, path))]:
             slot = wanted[name]
-            values = slot.transform.to_ours(stored[name].read()).astype(dtype, copy=False)
-            entry_spec = P(*tuple(spec)[len(slot.index) :])
-            entry = None if mesh is None else NamedSharding(mesh, entry_spec)
-            placed = _place(values, entry)
-            if not bool(_is_finite(placed)):  # also waits, so that transfers don't pile up
-                raise NumericsError(
-                    f"{name} holds NaN or infinity as {dtype}; expected finite weights; "
-                    "check the checkpoint, or load it in a wider type"
-                )
+            entry = _read(name, slot, stored[name], dtype, _sharding(mesh, spec, len(slot.index)))
             if not slot.index:
-                buffer = placed
-            else:
-                buffer = _zeros(shape, dtype, whole) if buffer is None else buffer
-                buffer = _write(buffer, placed, slot.index, whole)
-        flat[path] = variable.replace(buffer)
+                array = entry
+                continue
+            sharding = _sharding(mesh, spec)
+            array = jnp.zeros(shape, dtype, device=sharding) if array is None else array
+            array = _writer(sharding)(array, entry, tuple(np.int32(i) for i in slot.index))
+        flat[path] = variable.replace(array)
     nnx.update(model, nnx.from_flat_state(flat))
 
 
-def _place(values: Shaped[np.ndarray, "..."], sharding: Sharding | None) -> Array:
+def _sharding(mesh: Mesh | None, spec: tuple | None, leading: int = 0) -> Sharding | None:
+    """How a parameter lies on the mesh, or its entry without the `leading` axes."""
+    return None if mesh is None or spec is None else NamedSharding(mesh, P(*spec[leading:]))
+
+
+def _read(
+    name: str, slot: rules.Slot, tensor: StoredTensor, dtype: Any, sharding: Sharding | None
+) -> Array:
+    """A tensor's values, as ours, on their devices."""
+    values = slot.transform.to_ours(tensor.read()).astype(dtype, copy=False)
     if sharding is None:
-        return jnp.asarray(values)
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+        placed = jnp.asarray(values)
+    else:
+        placed = jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+    # Asking for the answer also waits for the transfer, so that tensors don't pile up on the host.
+    if not bool(_is_finite(placed)):
+        raise NumericsError(
+            f"{name} holds NaN or infinity as {dtype}; expected finite weights; "
+            "check the checkpoint, or load it in a wider type"
+        )
+    return placed
 
 
 @jax.jit
@@ -165,20 +173,11 @@ def _is_finite(values: Array) -> Array:
     return jnp.isfinite(values).all()
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> Array:
-    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
-
-
-def _write(buffer: Array, entry: Array, index: tuple[int, ...], sharding: Sharding | None) -> Array:
-    """`buffer` with `entry` at `index`, in the memory of `buffer`."""
-    return _writer(sharding)(buffer, entry, tuple(np.int32(i) for i in index))
-
-
-_WRITERS: dict[Sharding | None, Any] = {}  # each compiles once per shape, however many checkpoints
-
-
+@cache
 def _writer(sharding: Sharding | None) -> Any:
-    if sharding not in _WRITERS:
-        set_entry = lambda buffer, entry, index: buffer.at[index].set(entry)  # noqa: E731
-        _WRITERS[sharding] = jax.jit(set_entry, donate_argnums=0, out_shardings=sharding)
-    return _WRITERS[sharding]
+    """Writes an entry into a stack, in the stack's own memory."""
+
+    def write(stack: Array, entry: Array, index: tuple[Array, ...]) -> Array:
+        return stack.at[index].set(entry)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)

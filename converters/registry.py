@@ -8,6 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+from flax import nnx
+
 from converters import gpt2, gpt_neox, llama
 from converters.reader import read_json
 from converters.rules import Family, module_names
@@ -53,6 +56,22 @@ def decoder_config(config: Any) -> DecoderConfig:
     family = family_of(config)
     check_neutral(family, config)
     return family.config(config)
+
+
+def create(config: Any, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> Decoder:
+    """A model with random parameters, as `converters.save` can write it.
+
+    Args:
+        config: transformers' config.
+        dtype: Of the parameters.
+        rngs: Seeds them.
+
+    Raises:
+        CheckpointError: As for `decoder_config`.
+    """
+    model = Decoder(decoder_config(config), dtype=jnp.dtype(dtype), rngs=rngs)
+    name_linears(model, family_of(config))
+    return model
 
 
 def name_linears(model: Decoder, family: Family) -> None:

@@ -44,16 +44,22 @@ def rotate(
 
 
 def _frequencies(config: RopeConfig, lengths: Int[Array, " n"]) -> Float[Array, "m r"]:
-    """Radians per position, [document or 1, dimensions / 2]."""
-    exponents = np.arange(0, config.dimensions, 2, dtype=np.float64) / config.dimensions
+    """Radians per position, [document or 1, dimensions / 2].
+
+    Rounded to float32 where the models' own code rounds: over thousands of positions an angle
+    shows a difference in a frequency's last bit.
+    """
+    exponents = np.arange(0, config.dimensions, 2, dtype=np.float32) / np.float32(config.dimensions)
+    wavelengths = np.power(config.theta, exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / wavelengths
     if config.kind == "dynamic":
-        # Peng & Quesnelle's dynamic NTK-aware base, from the document's own length.
+        # Peng & Quesnelle's dynamic NTK-aware base, from the document's own length. The power of
+        # the stretch alone is small, and so is its error.
         length = jnp.maximum(lengths, config.original_positions).astype(jnp.float32)
         stretch = config.factor * length / config.original_positions - (config.factor - 1)
-        theta = config.theta * stretch ** (config.dimensions / (config.dimensions - 2))
-        return theta[:, None] ** jnp.asarray(-exponents, jnp.float32)[None, :]
-    frequencies = config.theta**-exponents
-    stretched = {"default": lambda c, f: f, "linear": lambda c, f: f / c.factor,
+        powers = -exponents * np.float32(config.dimensions / (config.dimensions - 2))
+        return jnp.asarray(frequencies)[None, :] * stretch[:, None] ** jnp.asarray(powers)[None, :]
+    stretched = {"default": lambda c, f: f, "linear": lambda c, f: f / np.float32(c.factor),
                  "llama3": _llama3, "yarn": _yarn}[config.kind](config, frequencies)  # fmt: skip
     return jnp.asarray(stretched, jnp.float32)[None, :]
 

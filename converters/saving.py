@@ -1,0 +1,120 @@
+"""Module → Hugging Face checkpoint: the same tensors, names and bits that were loaded.
+
+Tensors leave the devices one at a time, on their way into the file.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Shaped
+
+from converters import registry, rules
+from converters.loading import parameters
+from converters.safetensors_file import write_safetensors
+from jhessians.mesh import fetch
+from jhessians.models.decoder import Decoder
+from jhessians.rundir import RunDirectory, output_error
+
+SHARD_BYTES = 50 * 10**9
+"""Largest file, in bytes: the one that transformers 5 chooses."""
+
+
+def save(
+    model: Decoder,
+    config: Any,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write a folder that transformers loads.
+
+    Args:
+        model: With the parameters, on one device or sharded over a mesh.
+        config: transformers' config; its dtype is replaced by the parameters'.
+        folder: Appears under this name once it is complete.
+        tokenizer: transformers' tokenizer, if there is one.
+        shard_bytes: Above this size weights are divided into several files with an index.
+        overwrite: Replace a folder of that name.
+
+    Raises:
+        CheckpointError: If no family is registered for the config.
+        OutputError: If the folder exists, or the disk is full or not ours to write to.
+    """
+    family = registry.family_of(config)
+    arrays = {path: variable.get_value() for path, variable in parameters(model).items()}
+    wanted = rules.slots(family, {path: array.shape for path, array in arrays.items()})
+    writer = jax.process_index() == 0
+    files = _divide({name: _bytes(slot, arrays) for name, slot in wanted.items()}, shard_bytes)
+    with RunDirectory(Path(folder), overwrite=overwrite, writer=writer) as part:
+        for file, names in files.items():
+            values = (to_theirs(wanted[name], arrays) for name in names)
+            if writer:
+                kinds = {n: (wanted[n].shape, arrays[wanted[n].parameter].dtype) for n in names}
+                try:
+                    write_safetensors(part / file, kinds, values)
+                except OSError as error:
+                    raise output_error(error, Path(folder)) from error
+            for _ in values:  # fetching a sharded array needs every process
+                pass
+        if writer:
+            try:
+                _write_tables(part, family, config, tokenizer, files, wanted, arrays)
+            except OSError as error:
+                raise output_error(error, Path(folder)) from error
+
+
+def to_theirs(slot: rules.Slot, arrays: Mapping[str, Any]) -> Shaped[np.ndarray, "..."]:
+    """One tensor of a checkpoint, from our parameters, on the host."""
+    entry = fetch(arrays[slot.parameter], lambda array: array[slot.index] if slot.index else array)
+    return slot.transform.to_theirs(entry)
+
+
+def _bytes(slot: rules.Slot, arrays: Mapping[str, Any]) -> int:
+    return math.prod(slot.shape) * arrays[slot.parameter].dtype.itemsize
+
+
+def _divide(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """File → tensors, each file within the limit unless a single tensor is beyond it."""
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if groups[-1] and size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, start=1)}
+
+
+def _write_tables(
+    folder: Path,
+    family: rules.Family,
+    config: Any,
+    tokenizer: Any,
+    files: Mapping[str, list[str]],
+    wanted: Mapping[str, rules.Slot],
+    arrays: Mapping[str, Any],
+) -> None:
+    """config.json, the index of several files, and the tokenizer's files."""
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        total = sum(_bytes(slot, arrays) for slot in wanted.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    config = copy.deepcopy(config)
+    config.architectures = [family.architecture]
+    config.dtype = next(iter(arrays.values())).dtype.name
+    config.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
