@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jhessians.errors import ConfigError
+from jhessians.interop.layout import Layout
 from jhessians.options import check_all, option, options_of
 
 SOURCES = "what to run on"
@@ -270,7 +271,7 @@ class ComputeConfig:
         minimum=1,
         default_text="the world size",
     )
-    layout: str = option(
+    layout: Layout = option(
         "both",
         "File trees to write: bergson 2.5.1's, the older influence_results tree (seed), or "
         "both with shared files.",

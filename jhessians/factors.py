@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Float
 
-from jhessians.fitting import Eigenbases, Matrix
 from jhessians.interop.sources import ArraySource, ScaledSource, TensorSource
+from jhessians.stages import Eigenbases, Matrix
 from jhessians.tape import Site, Statistics
 
 Kinds = dict[str, dict[str, TensorSource]]

@@ -1,277 +1,17 @@
-"""Stages of a fit, as functions: a pass over the data, an eigendecomposition, and all in one.
+"""A whole fit, stage by stage: `fit` keeps what the stages yield, the command line exports it."""
 
-`fit` returns everything as arrays in memory, which suits a model that fits one machine; the
-command line strings the same stages together and streams each result to disk.
-"""
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
-
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from jhessians.errors import NumericsError
+from jhessians.factors import Kinds, correction_sources, covariance_sources, eigen_sources
 from jhessians.folds.correction import EigenvalueCorrection
 from jhessians.folds.covariance import Covariance
-from jhessians.linalg.eigen import (
-    Eigen,
-    eigendecompose,
-    ordered_map,
-    outer_eigenvalues,
-    share_by_cost,
-    usable_cores,
-)
-from jhessians.linalg.symmetric import unpack
-from jhessians.mesh import axis_names, fetch, put_batch
-from jhessians.tape import Fold, Site, Statistics
-from jhessians.traversal import Loss, accumulate, initialize
+from jhessians.progress import Progress
+from jhessians.stages import Problem, covariance_matrices, eigendecompose_covariances, run_pass
 from jhessians.typing import Array, PyTree
-
-FLOAT32 = jnp.dtype(jnp.float32)
-KINDS: tuple[Literal["activation", "gradient"], ...] = ("activation", "gradient")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What every pass of one fit has in common.
-
-    Attributes:
-        loss: Summed over documents.
-        model: The weights.
-        sites: The linears to record, from `find_sites`.
-        mask: Tells from a batch which positions count; None if all do.
-        mesh: Devices; None for the default one alone.
-    """
-
-    loss: Loss
-    model: nnx.Module
-    sites: Mapping[str, Site]
-    mask: Callable[[Any], Array | None] = lambda batch: getattr(batch, "position_mask", None)
-    mesh: Mesh | None = None
-
-
-def run_pass(
-    fold: Fold,
-    problem: Problem,
-    batches: Iterable[PyTree[np.ndarray]],
-    *,
-    dtype: jnp.dtype = FLOAT32,
-    operands: Mapping[str, Mapping[str, Any]] | None = None,
-    advance: Callable[[Any], None] = lambda batch: None,
-) -> Statistics:
-    """Sum a fold over all batches.
-
-    Args:
-        fold: What to compute.
-        problem: On which model and linears.
-        batches: This host's rows of each batch, as numpy.
-        dtype: Of the sums.
-        operands: Further arrays that the fold needs, by site.
-        advance: Called with every batch that is finished.
-
-    Raises:
-        NumericsError: If a batch's loss isn't finite.
-    """
-    mesh = problem.mesh
-    statistics = initialize(fold, problem.sites, dtype=dtype, mesh=mesh)
-    graph, state = nnx.split(problem.model)
-
-    # The statistics are donated: sums are updated in place.
-    @partial(jax.jit, donate_argnums=2)
-    def step(state, batch, statistics, operands):
-        return accumulate(
-            fold, problem.loss, nnx.merge(graph, state), batch, statistics,
-            sites=problem.sites, mask=problem.mask(batch), operands=operands, mesh=mesh,
-        )  # fmt: skip
-
-    def finish(batch, loss):
-        # The host is one batch ahead of the devices, never more.
-        if not np.isfinite(fetch(loss)):
-            raise NumericsError(
-                f"the loss of batch {done + 1} is {fetch(loss)}; expected a finite number: check "
-                "the weights, or use --precision fp32"
-            )
-        advance(batch)
-
-    done, running = 0, None
-    for batch in batches:
-        placed = put_batch(batch, mesh) if mesh else batch
-        statistics, loss = step(state, placed, statistics, operands)
-        if running:
-            finish(*running)
-            done += 1
-        running = (batch, loss)
-    if running:
-        finish(*running)
-    return statistics
-
-
-class Matrix(NamedTuple):
-    """One covariance among the statistics: of which linears, and where it lies in a stack."""
-
-    site: Site
-    kind: Literal["activation", "gradient"]
-    slot: int | None
-
-    @property
-    def dimension(self) -> int:
-        return self.site.inputs if self.kind == "activation" else self.site.out_features
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return f"the {self.kind} covariance of {self.site.module_names()[self.slot or 0]}"
-
-    def read(self, statistics: Statistics) -> np.ndarray:
-        """The whole symmetric matrix, on the host."""
-        blocks = statistics[self.site.name][self.kind]
-        take = (lambda x: x) if self.slot is None else (lambda x: x[self.slot])
-        return unpack([fetch(block, take) for block in blocks], self.dimension)
-
-
-def covariance_matrices(sites: Mapping[str, Site]) -> list[Matrix]:
-    """Every distinct matrix, sites in order; an input that several linears read counts once."""
-    return [
-        Matrix(site, kind, slot)
-        for site in sites.values()
-        for kind in KINDS
-        if kind == "gradient" or site.owns_input
-        for slot in ([None] if site.layers is None else range(len(site.layers)))
-    ]
-
-
-class Eigenbases(NamedTuple):
-    """Eigenpairs of all covariances, by site and kind; an input's are kept by its `input_site`.
-
-    Attributes:
-        vectors: [layer, row, d] in stacks, else [row, d]; columns are eigenvectors, rows are
-            padded and sharded: the operands of `EigenvalueCorrection`.
-        values: [layer, d] or [d], ascending, on the host.
-    """
-
-    vectors: dict[str, dict[str, Array]]
-    values: dict[str, dict[str, np.ndarray]]
-
-
-def eigendecompose_covariances(
-    problem: Problem,
-    statistics: Statistics,
-    *,
-    positions: int,
-    dtype: np.dtype,
-    advance: Callable[[], None] = lambda: None,
-) -> Eigenbases:
-    """Eigenpairs of every covariance's mean over positions, the work divided among hosts.
-
-    Args:
-        problem: Sites and mesh.
-        statistics: Of `Covariance`; emptied on the way, so that a covariance's memory is free
-            once all of its stack is on its way to an eigensolver.
-        positions: How many positions were summed.
-        dtype: Of the result.
-        advance: Called when a matrix is done.
-
-    Raises:
-        NumericsError: If a matrix isn't finite; it is named.
-    """
-    order = sorted(covariance_matrices(problem.sites), key=lambda m: -m.dimension)
-    hosts = jax.process_count()
-    owners = share_by_cost([m.dimension for m in order], hosts)
-    pending = Counter((m.site.name, m.kind) for m in order)
-    remaining = pending.copy()
-
-    def matrices() -> Iterator[tuple[Matrix, np.ndarray | None]]:
-        for matrix, owner in zip(order, owners, strict=True):
-            whole = matrix.read(statistics)
-            remaining[matrix.site.name, matrix.kind] -= 1
-            if not remaining[matrix.site.name, matrix.kind]:
-                del statistics[matrix.site.name][matrix.kind]
-            yield matrix, whole if owner == jax.process_index() else None
-
-    def solve(task: tuple[Matrix, np.ndarray | None]) -> Eigen | None:
-        matrix, whole = task
-        return None if whole is None else eigendecompose(matrix.name, whole, positions, dtype)
-
-    workers = usable_cores()
-    solved = ordered_map(solve, matrices(), workers=workers, window=(workers + 1) * hosts)
-    bases = Eigenbases({}, {})
-    stacks: dict[tuple[str, str], Eigen] = {}
-    for matrix, owner, pair in zip(order, owners, solved, strict=True):
-        site, kind, slot = matrix
-        values, vectors = _from_owner(pair, owner, matrix.dimension, dtype)
-        key = (site.name, kind)
-        if slot is None:
-            stacks[key] = Eigen(values, vectors)
-        else:
-            stack = stacks.setdefault(key, _empty_stack(len(site.layers or ()), values, vectors))
-            stack.values[slot], stack.vectors[slot] = values, vectors
-        pending[key] -= 1
-        if not pending[key]:
-            done = stacks.pop(key)
-            bases.values.setdefault(site.name, {})[kind] = done.values
-            rows = _place_rows(done.vectors, problem.mesh)
-            bases.vectors.setdefault(site.name, {})[kind] = rows
-        advance()
-    return bases
-
-
-def _empty_stack(layers: int, *entries: np.ndarray) -> Eigen:
-    return Eigen(*(np.empty((layers, *x.shape), x.dtype) for x in entries))
-
-
-def _from_owner(pair: Eigen | None, owner: int, d: int, dtype: np.dtype) -> Eigen:
-    """The owning host's result, on every host."""
-    if jax.process_count() == 1:
-        assert pair is not None
-        return pair
-    from jax.experimental import multihost_utils
-
-    mine = pair or Eigen(np.empty(d, dtype), np.empty((d, d), dtype))
-    shared = multihost_utils.broadcast_one_to_all(mine, is_source=owner == jax.process_index())
-    return Eigen(*(np.asarray(x) for x in shared))
-
-
-def _place_rows(stack: np.ndarray, mesh: Mesh | None) -> Array:
-    """Rows of [layer, row, d] or [row, d] padded and spread over the mesh."""
-    if mesh is None:
-        return jnp.asarray(stack)
-    axis = stack.ndim - 2
-    width = [(0, 0)] * stack.ndim
-    width[axis] = (0, -stack.shape[axis] % mesh.size)
-    padded = np.pad(stack, width)
-    spec = P(*[None] * axis, axis_names(mesh))
-    return jax.make_array_from_callback(
-        padded.shape, NamedSharding(mesh, spec), lambda index: padded[index]
-    )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Factors:
-    """(E)KFAC factors in memory, each a dict from a module's name to an array.
-
-    Attributes:
-        activation_covariance: A [I', I'], a sum over positions.
-        gradient_covariance: S [O, O], likewise.
-        activation_eigenvectors: Q_A, columns.
-        gradient_eigenvectors: Q_S.
-        eigenvalues: λ_S ⊗ λ_A · positions / documents [O, I'].
-        eigenvalue_correction: Λ [O, I'], per document; empty without the correction.
-    """
-
-    activation_covariance: dict[str, Array]
-    gradient_covariance: dict[str, Array]
-    activation_eigenvectors: dict[str, Array]
-    gradient_eigenvectors: dict[str, Array]
-    eigenvalues: dict[str, Array]
-    eigenvalue_correction: dict[str, Array]
 
 
 def fit(
@@ -280,54 +20,88 @@ def fit(
     *,
     positions: int,
     documents: int,
-    eigenvalue_correction: bool = True,
-    dtype: jnp.dtype = FLOAT32,
-) -> Factors:
-    """KFAC or EKFAC factors of any model made with our `Linear`.
+    correct_eigenvalues: bool = True,
+    dtype: Any = jnp.float32,
+) -> dict[str, dict[str, np.ndarray]]:
+    """KFAC or EKFAC factors, in memory, of any model made with our `Linear`.
 
     Args:
         problem: Loss, model and linears.
         batches: Read once per pass: a list, not an iterator. With a mesh, this host's rows.
         positions: How many positions count, over all batches.
         documents: How many documents there are.
-        eigenvalue_correction: Whether to make the second pass, which makes KFAC EKFAC.
+        correct_eigenvalues: Whether to make the second pass, which makes KFAC EKFAC.
         dtype: In which sums are kept and results returned.
 
     Returns:
-        Arrays on the host's memory, under each module's full name.
+        Kind → module's full name → array, as `load_factors` reads it from disk:
+        `activation_covariance` A [I', I'] and `gradient_covariance` S [O, O], sums over positions;
+        `activation_eigenvectors` and `gradient_eigenvectors`, columns; `activation_eigenvalues`
+        [I'], `gradient_eigenvalues` [O] and their outer product `eigenvalue` [O, I'], per
+        document; `eigenvalue_correction` Λ [O, I'], per document.
 
     Raises:
         TypeError: If `batches` is an iterator, which a second pass would find empty.
         NumericsError: If a loss or a covariance isn't finite.
     """
+    stages = fit_stages(
+        problem,
+        batches,
+        positions=positions,
+        documents=documents,
+        correct_eigenvalues=correct_eigenvalues,
+        dtype=dtype,
+    )
+    return {
+        kind: {name: source.rows(0, source.shape[0]) for name, source in tensors.items()}
+        for kinds in stages
+        for kind, tensors in kinds.items()
+    }
+
+
+def fit_stages(
+    problem: Problem,
+    batches: Iterable[PyTree[np.ndarray]],
+    *,
+    positions: int,
+    documents: int,
+    correct_eigenvalues: bool,
+    dtype: Any,
+    progress: Progress | None = None,
+) -> Iterator[Kinds]:
+    """The factors, some kinds at a time, in the order in which they are computed.
+
+    Arguments and errors are those of `fit`. What a stage yields must be read before the next one
+    is asked for, which takes its memory.
+    """
     if isinstance(batches, Iterator):
         raise TypeError("batches is an iterator; expected something to iterate twice, as a list")
+    progress = progress or Progress(quiet=True)
+    dtype = jnp.dtype(dtype)
     sites = problem.sites
-    fold = Covariance(jnp.dtype(dtype))
-    statistics = run_pass(fold, problem, batches, dtype=dtype)
-    found = {(m.site.name, m.kind, m.slot): m.read(statistics) for m in covariance_matrices(sites)}
-    bases = eigendecompose_covariances(
-        problem, statistics, positions=positions, dtype=np.dtype(dtype)
-    )
-    factors = Factors({}, {}, {}, {}, {}, {})
-    squares: Statistics = {}
-    if eigenvalue_correction:
-        fold = EigenvalueCorrection(jnp.dtype(dtype))
-        squares = run_pass(fold, problem, batches, dtype=dtype, operands=bases.vectors)
-    for site in sites.values():
-        for slot, name in enumerate(site.module_names()):
-            where = None if site.layers is None else slot
-            take = (lambda x: x) if where is None else (lambda x, i=where: x[i])
-            a, s = site.input_site, site.name
-            factors.activation_covariance[name] = found[a, "activation", where]
-            factors.gradient_covariance[name] = found[s, "gradient", where]
-            q_a = fetch(bases.vectors[a]["activation"], take)[: site.inputs]
-            q_s = fetch(bases.vectors[s]["gradient"], take)[: site.out_features]
-            factors.activation_eigenvectors[name] = q_a
-            factors.gradient_eigenvectors[name] = q_s
-            values = take(bases.values[s]["gradient"]), take(bases.values[a]["activation"])
-            factors.eigenvalues[name] = outer_eigenvalues(*values, positions / documents)
-            if eigenvalue_correction:
-                rows = fetch(squares[s], take)[: site.out_features]
-                factors.eigenvalue_correction[name] = rows / documents
-    return jax.tree.map(jnp.asarray, factors)
+
+    def count(batch: Any) -> int:
+        mask: Array | None = problem.mask(batch)
+        return 0 if mask is None else int(mask.sum()) * problem.hosts
+
+    with progress.stage("Covariances", positions, "positions") as stage:
+        covariances = run_pass(
+            Covariance(dtype), problem, batches,
+            dtype=dtype, advance=lambda batch: stage.advance(count(batch)),
+        )  # fmt: skip
+    yield covariance_sources(sites, covariances)
+
+    matrices = len(covariance_matrices(sites))
+    with progress.stage("Eigendecompositions", matrices, "matrices") as stage:
+        bases = eigendecompose_covariances(
+            problem, covariances, positions=positions, dtype=dtype, advance=stage.advance
+        )
+    yield eigen_sources(sites, bases, positions / documents)
+
+    if correct_eigenvalues:
+        with progress.stage("Eigenvalue correction", positions, "positions") as stage:
+            squares = run_pass(
+                EigenvalueCorrection(dtype), problem, batches, operands=bases.vectors,
+                dtype=dtype, advance=lambda batch: stage.advance(count(batch)),
+            )  # fmt: skip
+        yield correction_sources(sites, squares, documents)

@@ -3,11 +3,9 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,13 +17,10 @@ from jhessians.data.batching import Batch, BatchPlan, iterate_batches, plan_batc
 from jhessians.data.documents import Documents
 from jhessians.data.sources import DataOptions, load_documents
 from jhessians.errors import CheckpointError, ConfigError
-from jhessians.factors import correction_sources, covariance_sources, eigen_sources
-from jhessians.fitting import Problem, covariance_matrices, eigendecompose_covariances, run_pass
-from jhessians.folds.correction import EigenvalueCorrection
-from jhessians.folds.covariance import Covariance
+from jhessians.factors import Kinds
+from jhessians.fitting import fit_stages
 from jhessians.interop.export import write_config, write_kind, write_totals
 from jhessians.interop.layout import DTYPES
-from jhessians.interop.sources import TensorSource
 from jhessians.mesh import make_mesh, start_hosts
 from jhessians.models.loss import NextTokenLoss
 from jhessians.options import did_you_mean
@@ -33,7 +28,8 @@ from jhessians.progress import Progress
 from jhessians.provenance import config_document
 from jhessians.report.summary import Summary, measure_trees, next_steps
 from jhessians.rundir import RunDirectory
-from jhessians.tape import Fold, Site, Statistics
+from jhessians.stages import Problem
+from jhessians.tape import Site
 from jhessians.traversal import find_sites, restrict
 
 
@@ -57,7 +53,7 @@ def compute(config: ComputeConfig, progress: Progress) -> Summary:
     trees, disk_bytes = measure_trees(config.run_path)
     shell, python = next_steps(
         config, model=run.model_name, dataset=run.dataset_name, shards=run.shards,
-        model_max_length=run.problem.model.config.positions,
+        model_max_length=run.longest,
     )  # fmt: skip
     return Summary(
         run_path=config.run_path,
@@ -87,35 +83,27 @@ class Run:
     dataset_name: str
     documents: Documents
     plan: BatchPlan
+    longest: int
     problem: Problem
 
     @property
     def shards(self) -> int:
         return self.config.num_shards or self.mesh.size
 
-    @cached_property
-    def dtype(self) -> np.dtype:
-        """In which statistics are summed: wide enough even where they are stored in 16 bits."""
-        return np.promote_types(np.float32, DTYPES[self.config.hessian_dtype][1])
-
     def fit(self) -> None:
-        """All passes, each exported and let go before the next one needs its memory."""
-        sites, positions = self.problem.sites, self.documents.positions
-        covariances = self._pass("Covariances", Covariance(self.dtype))
-        self._export(covariance_sources(sites, covariances))
-
-        matrices = len(covariance_matrices(sites))
-        with self.progress.stage("Eigendecompositions", matrices, "matrices") as stage:
-            bases = eigendecompose_covariances(
-                self.problem, covariances,
-                positions=positions, dtype=self.dtype, advance=stage.advance,
-            )  # fmt: skip
-        self._export(eigen_sources(sites, bases, positions / len(self.documents)))
-
-        if self.config.corrects_eigenvalues:
-            fold = EigenvalueCorrection(self.dtype)
-            squares = self._pass("Eigenvalue correction", fold, operands=bases.vectors)
-            self._export(correction_sources(sites, squares, len(self.documents)))
+        """All stages, each exported before the next one needs its memory."""
+        stages = fit_stages(
+            self.problem,
+            _Batches(self.documents, self.plan),
+            positions=self.documents.positions,
+            documents=len(self.documents),
+            correct_eigenvalues=self.config.corrects_eigenvalues,
+            # Wide enough to sum in, even where results are stored in 16 bits.
+            dtype=np.promote_types(np.float32, DTYPES[self.config.hessian_dtype][1]),
+            progress=self.progress,
+        )
+        for kinds in stages:
+            self._export(kinds)
 
     def write_description(self) -> None:
         """Position counts, the seed's small files, and the configuration that replays the run."""
@@ -133,25 +121,7 @@ class Run:
         )  # fmt: skip
         write_config(self.part, document, config.resolved_dict(), layout=config.layout)
 
-    def _batches(self) -> Iterator[Batch]:
-        return iterate_batches(
-            self.documents, self.plan,
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
-
-    def _pass(self, name: str, fold: Fold, operands: Mapping | None = None) -> Statistics:
-        hosts = jax.process_count()
-        with self.progress.stage(name, self.documents.positions, "positions") as stage:
-            return run_pass(
-                fold,
-                self.problem,
-                self._batches(),
-                dtype=self.dtype,
-                operands=operands,
-                advance=lambda batch: stage.advance(int(batch.position_mask.sum()) * hosts),
-            )
-
-    def _export(self, kinds: Mapping[str, Mapping[str, TensorSource]]) -> None:
+    def _export(self, kinds: Kinds) -> None:
         with self.progress.stage("Export", len(kinds), "kinds of factor") as stage:
             for kind, tensors in kinds.items():
                 write_kind(
@@ -165,6 +135,20 @@ class Run:
                     total_processed=self.documents.positions,
                 )
                 stage.advance()
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """This host's rows of every batch, to iterate as often as there are passes."""
+
+    documents: Documents
+    plan: BatchPlan
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iterate_batches(
+            self.documents, self.plan,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
 
 
 def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) -> Run:
@@ -201,16 +185,22 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
         reduction="mean" if config.loss_reduction == "mean" else "sum",
         seed=config.seed,
     )
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    example = Batch(tokens, tokens, jax.ShapeDtypeStruct((1, 2), bool), _row_of(tokens))
+    example = next(iter(_Batches(documents, plan)))
     sites = find_sites(loss, model, example, include_bias=config.include_bias)
     sites = _select(sites, config)
     problem = Problem(loss, model, sites, mesh=spread)
-    return Run(config, progress, part, mesh, model_name, dataset_name, documents, plan, problem)
-
-
-def _row_of(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape[:1], x.dtype)
+    return Run(
+        config,
+        progress,
+        part,
+        mesh,
+        model_name,
+        dataset_name,
+        documents,
+        plan,
+        shape.positions,
+        problem,
+    )
 
 
 def _tokenizer(config: ComputeConfig, model_name: str):

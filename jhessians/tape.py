@@ -13,7 +13,7 @@ its output.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,7 @@ class Context:
         return x
 
 
+@runtime_checkable
 class Fold(Protocol):
     """A sum over documents of something that (a, g) give. One method, one file.
 

@@ -22,8 +22,8 @@ from jhessians.mesh import axis_names, parameter_specs
 from jhessians.tape import Context, Fold, Site, Statistics, Tape, Tapped, attach, gather_weights
 from jhessians.typing import Array, Bool, Float, PyTree
 
-Loss = Callable[[nnx.Module, PyTree[Array]], Float[Array, ""]]
-"""The loss of a batch: a *sum* over documents, whose gradient at every linear is what folds see."""
+Loss = Callable[[Any, Any], Float[Array, ""]]
+"""loss(model, batch), a *sum* over documents, whose gradient at every linear is what folds see."""
 
 
 def find_sites(
@@ -93,12 +93,18 @@ class _Listener:
         pass
 
     def record(self, linear: Tapped, x: Array, kernel: Array) -> Array:
-        name = linear.name
+        name = str(linear.name)
         if name in self.calls:  # a second call reads another input
             self.calls[name] = (self.calls[name][0], None)
         else:
-            layers = None if self.layers is None else tuple(range(self.layers))
-            site = Site(name, *kernel.shape, linear.bias is not None, False, layers, self.layers)
+            site = Site(
+                name,
+                in_features=kernel.shape[0],
+                out_features=kernel.shape[1],
+                use_bias=getattr(linear, "bias", None) is not None,
+                layers=None if self.layers is None else tuple(range(self.layers)),
+                stack_size=self.layers,
+            )
             self.calls[name] = (site, x)
         return x @ kernel
 

@@ -101,10 +101,3 @@ def share_by_cost(dimensions: Sequence[int], hosts: int) -> list[int]:
         owners[i] = loads.index(min(loads))
         loads[owners[i]] += dimensions[i] ** 3
     return owners
-
-
-def outer_eigenvalues(
-    gradient: Float[np.ndarray, " o"], activation: Float[np.ndarray, " i"], per_document: float
-) -> Float[np.ndarray, "o i"]:
-    """Eigenvalues λ_S ⊗ λ_A of the Kronecker product, per document instead of per position."""
-    return np.outer(gradient, activation) * np.asarray(per_document, gradient.dtype)

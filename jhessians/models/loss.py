@@ -39,7 +39,7 @@ class NextTokenLoss:
     def __call__(self, model: Decoder, batch: Batch) -> Float[Array, ""]:
         n, s = batch.tokens.shape
         lengths = batch.position_mask.sum(1, dtype=jnp.int32) + 1
-        hidden = model.hidden(batch.tokens, lengths)
+        hidden = model.hidden(jnp.asarray(batch.tokens), lengths)
 
         targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=NO_LABEL)
         labelled = targets != NO_LABEL
@@ -127,9 +127,10 @@ def sample(
 
     def noise(document: Array, position: Array) -> tuple[Array, Array]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), document), position)
-        return tuple(
-            jax.random.gumbel(k, (size,), logits.dtype)
-            for k, size in zip(jax.random.split(key), (blocks, width), strict=True)
+        for_block, for_token = jax.random.split(key)
+        return (
+            jax.random.gumbel(for_block, (blocks,), logits.dtype),
+            jax.random.gumbel(for_token, (width,), logits.dtype),
         )
 
     block_noise, token_noise = jax.vmap(noise)(document, position)

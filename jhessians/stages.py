@@ -1,0 +1,250 @@
+"""Stages of a fit, as functions: a pass over the data, and the eigendecompositions."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jhessians.errors import NumericsError
+from jhessians.linalg.eigen import (
+    Eigen,
+    eigendecompose,
+    ordered_map,
+    share_by_cost,
+    usable_cores,
+)
+from jhessians.linalg.symmetric import unpack
+from jhessians.mesh import axis_names, fetch, put_batch
+from jhessians.tape import Fold, Site, Statistics
+from jhessians.traversal import Loss, accumulate, initialize
+from jhessians.typing import Array, PyTree
+
+FLOAT32 = jnp.dtype(jnp.float32)
+KINDS: tuple[Literal["activation", "gradient"], ...] = ("activation", "gradient")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every pass of one fit has in common.
+
+    Attributes:
+        loss: Summed over documents.
+        model: The weights.
+        sites: The linears to record, from `find_sites`.
+        mask: Tells from a batch which positions count; None if all do.
+        mesh: Devices; None for the default one alone.
+    """
+
+    loss: Loss
+    model: nnx.Module
+    sites: Mapping[str, Site]
+    mask: Callable[[Any], Array | None] = lambda batch: getattr(batch, "position_mask", None)
+    mesh: Mesh | None = None
+
+    @property
+    def hosts(self) -> int:
+        """How many processes share the documents."""
+        return jax.process_count() if self.mesh else 1
+
+
+def run_pass(
+    fold: Fold,
+    problem: Problem,
+    batches: Iterable[PyTree[np.ndarray]],
+    *,
+    dtype: jnp.dtype = FLOAT32,
+    operands: Mapping[str, Mapping[str, Any]] | None = None,
+    advance: Callable[[Any], None] = lambda batch: None,
+) -> Statistics:
+    """Sum a fold over all batches.
+
+    Args:
+        fold: What to compute.
+        problem: On which model and linears.
+        batches: This host's rows of each batch, as numpy.
+        dtype: Of the sums.
+        operands: Further arrays that the fold needs, by site.
+        advance: Called with every batch that is finished.
+
+    Raises:
+        NumericsError: If a batch's loss isn't finite.
+    """
+    mesh = problem.mesh
+    statistics = initialize(fold, problem.sites, dtype=dtype, mesh=mesh)
+    graph, state = nnx.split(problem.model)
+
+    # The statistics are donated: sums are updated in place.
+    @partial(jax.jit, donate_argnums=2)
+    def step(state, batch, statistics, operands):
+        return accumulate(
+            fold, problem.loss, nnx.merge(graph, state), batch, statistics,
+            sites=problem.sites, mask=problem.mask(batch), operands=operands, mesh=mesh,
+        )  # fmt: skip
+
+    def finish(batch, loss):
+        # The host is one batch ahead of the devices, never more.
+        if not np.isfinite(fetch(loss)):
+            raise NumericsError(
+                f"the loss of batch {done + 1} is {fetch(loss)}; expected a finite number: check "
+                "the weights, or use --precision fp32"
+            )
+        advance(batch)
+
+    done, running = 0, None
+    for batch in batches:
+        placed = put_batch(batch, mesh) if mesh else batch
+        statistics, loss = step(state, placed, statistics, operands)
+        if running:
+            finish(*running)
+            done += 1
+        running = (batch, loss)
+    if running:
+        finish(*running)
+    return statistics
+
+
+class Matrix(NamedTuple):
+    """One covariance among the statistics: of which linears, and where it lies in a stack."""
+
+    site: Site
+    kind: Literal["activation", "gradient"]
+    slot: int | None
+
+    @property
+    def dimension(self) -> int:
+        return self.site.inputs if self.kind == "activation" else self.site.out_features
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"the {self.kind} covariance of {self.site.module_names()[self.slot or 0]}"
+
+    def read(self, statistics: Statistics) -> np.ndarray:
+        """The whole symmetric matrix, on the host."""
+        blocks = statistics[self.site.name][self.kind]
+        take = (lambda x: x) if self.slot is None else (lambda x: x[self.slot])
+        return unpack([fetch(block, take) for block in blocks], self.dimension)
+
+
+def covariance_matrices(sites: Mapping[str, Site]) -> list[Matrix]:
+    """Every distinct matrix, sites in order; an input that several linears read counts once."""
+    return [
+        Matrix(site, kind, slot)
+        for site in sites.values()
+        for kind in KINDS
+        if kind == "gradient" or site.owns_input
+        for slot in ([None] if site.layers is None else range(len(site.layers)))
+    ]
+
+
+class Eigenbases(NamedTuple):
+    """Eigenpairs of all covariances, by site and kind; an input's are kept by its `input_site`.
+
+    Attributes:
+        vectors: [layer, row, d] in stacks, else [row, d]; columns are eigenvectors, rows are
+            padded and sharded: the operands of `EigenvalueCorrection`.
+        values: [layer, d] or [d], ascending, on the host.
+    """
+
+    vectors: dict[str, dict[str, Array]]
+    values: dict[str, dict[str, np.ndarray]]
+
+
+def eigendecompose_covariances(
+    problem: Problem,
+    statistics: Statistics,
+    *,
+    positions: int,
+    dtype: np.dtype,
+    advance: Callable[[], None] = lambda: None,
+) -> Eigenbases:
+    """Eigenpairs of every covariance's mean over positions, the work divided among hosts.
+
+    Args:
+        problem: Sites and mesh.
+        statistics: Of `Covariance`; emptied on the way, so that a covariance's memory is free
+            once all of its stack is on its way to an eigensolver.
+        positions: How many positions were summed.
+        dtype: Of the result.
+        advance: Called when a matrix is done.
+
+    Raises:
+        NumericsError: If a matrix isn't finite; it is named.
+    """
+    order = sorted(covariance_matrices(problem.sites), key=lambda m: -m.dimension)
+    hosts = jax.process_count()
+    owners = share_by_cost([m.dimension for m in order], hosts)
+    pending = Counter((m.site.name, m.kind) for m in order)
+    remaining = pending.copy()
+
+    def matrices() -> Iterator[tuple[Matrix, np.ndarray | None]]:
+        for matrix, owner in zip(order, owners, strict=True):
+            whole = matrix.read(statistics)
+            remaining[matrix.site.name, matrix.kind] -= 1
+            if not remaining[matrix.site.name, matrix.kind]:
+                del statistics[matrix.site.name][matrix.kind]
+            yield matrix, whole if owner == jax.process_index() else None
+
+    def solve(task: tuple[Matrix, np.ndarray | None]) -> Eigen | None:
+        matrix, whole = task
+        return None if whole is None else eigendecompose(matrix.name, whole, positions, dtype)
+
+    workers = usable_cores()
+    solved = ordered_map(solve, matrices(), workers=workers, window=(workers + 1) * hosts)
+    bases = Eigenbases({}, {})
+    stacks: dict[tuple[str, str], Eigen] = {}
+    for matrix, owner, pair in zip(order, owners, solved, strict=True):
+        site, kind, slot = matrix
+        values, vectors = _from_owner(pair, owner, matrix.dimension, dtype)
+        key = (site.name, kind)
+        if slot is None:
+            stacks[key] = Eigen(values, vectors)
+        else:
+            stack = stacks.setdefault(key, _empty_stack(len(site.layers or ()), values, vectors))
+            stack.values[slot], stack.vectors[slot] = values, vectors
+        pending[key] -= 1
+        if not pending[key]:
+            done = stacks.pop(key)
+            bases.values.setdefault(site.name, {})[kind] = done.values
+            rows = _place_rows(done.vectors, problem.mesh)
+            bases.vectors.setdefault(site.name, {})[kind] = rows
+        advance()
+    return bases
+
+
+def _empty_stack(layers: int, *entries: np.ndarray) -> Eigen:
+    return Eigen(*(np.empty((layers, *x.shape), x.dtype) for x in entries))
+
+
+def _from_owner(pair: Eigen | None, owner: int, d: int, dtype: np.dtype) -> Eigen:
+    """The owning host's result, on every host."""
+    if jax.process_count() == 1:
+        assert pair is not None
+        return pair
+    from jax.experimental import multihost_utils
+
+    mine = pair or Eigen(np.empty(d, dtype), np.empty((d, d), dtype))
+    shared = multihost_utils.broadcast_one_to_all(mine, is_source=owner == jax.process_index())
+    return Eigen(*(np.asarray(x) for x in shared))
+
+
+def _place_rows(stack: np.ndarray, mesh: Mesh | None) -> Array:
+    """Rows of [layer, row, d] or [row, d] padded and spread over the mesh."""
+    if mesh is None:
+        return jnp.asarray(stack)
+    axis = stack.ndim - 2
+    width = [(0, 0)] * stack.ndim
+    width[axis] = (0, -stack.shape[axis] % mesh.size)
+    padded = np.pad(stack, width)
+    spec = P(*[None] * axis, axis_names(mesh))
+    return jax.make_array_from_callback(
+        padded.shape, NamedSharding(mesh, spec), lambda index: padded[index]
+    )
