@@ -1,6 +1,7 @@
 """A whole fit, stage by stage: `fit` keeps what the stages yield, the command line exports it."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ import numpy as np
 
 from jhessians.factors import Kinds, correction_sources, covariance_sources, eigen_sources
 from jhessians.folds.correction import EigenvalueCorrection
-from jhessians.folds.covariance import Covariance
+from jhessians.folds.covariance import Covariance, FactorFold
 from jhessians.progress import Progress
 from jhessians.stages import Problem, covariance_matrices, eigendecompose_covariances, run_pass
+from jhessians.traversal import unshared
 from jhessians.typing import Array, PyTree
 
 
@@ -20,16 +22,18 @@ def fit(
     *,
     positions: int,
     documents: int,
+    method: FactorFold | None = None,
     correct_eigenvalues: bool = True,
     dtype: Any = jnp.float32,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """KFAC or EKFAC factors, in memory, of any model made with our `Linear`.
+    """Kronecker factors, in memory, of any model made with our `Linear`.
 
     Args:
         problem: Loss, model and linears.
         batches: Read once per pass: a list, not an iterator. With a mesh, this host's rows.
         positions: How many positions count, over all batches.
         documents: How many documents there are.
+        method: The fold that sums the factors; default KFAC's `Covariance`.
         correct_eigenvalues: Whether to make the second pass, which makes KFAC EKFAC.
         dtype: In which sums are kept and results returned.
 
@@ -49,6 +53,7 @@ def fit(
         batches,
         positions=positions,
         documents=documents,
+        method=method or Covariance(jnp.dtype(dtype)),
         correct_eigenvalues=correct_eigenvalues,
         dtype=dtype,
     )
@@ -65,6 +70,7 @@ def fit_stages(
     *,
     positions: int,
     documents: int,
+    method: FactorFold,
     correct_eigenvalues: bool,
     dtype: Any,
     progress: Progress | None = None,
@@ -78,6 +84,8 @@ def fit_stages(
         raise TypeError("batches is an iterator; expected something to iterate twice, as a list")
     progress = progress or Progress(quiet=True)
     dtype = jnp.dtype(dtype)
+    if not method.shares_inputs:
+        problem = replace(problem, sites=unshared(problem.sites))
     sites = problem.sites
 
     def count(batch: Any) -> int:
@@ -86,9 +94,10 @@ def fit_stages(
 
     with progress.stage("Covariances", positions, "positions") as stage:
         covariances = run_pass(
-            Covariance(dtype), problem, batches,
+            method, problem, batches,
             dtype=dtype, advance=lambda batch: stage.advance(count(batch)),
         )  # fmt: skip
+        covariances = method.finish(sites, covariances)
     yield covariance_sources(sites, covariances)
 
     matrices = len(covariance_matrices(sites))

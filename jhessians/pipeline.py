@@ -19,6 +19,9 @@ from jhessians.data.sources import DataOptions, load_documents
 from jhessians.errors import CheckpointError, ConfigError
 from jhessians.factors import Kinds
 from jhessians.fitting import fit_stages
+from jhessians.folds.covariance import Covariance
+from jhessians.folds.shampoo import Shampoo
+from jhessians.folds.tkfac import TraceCovariance
 from jhessians.interop.export import write_config, write_kind, write_totals
 from jhessians.interop.layout import DTYPES
 from jhessians.mesh import make_mesh, start_hosts
@@ -31,6 +34,8 @@ from jhessians.rundir import RunDirectory
 from jhessians.stages import Problem
 from jhessians.tape import Site
 from jhessians.traversal import find_sites, restrict
+
+FACTOR_FOLDS = {"kfac": Covariance, "tkfac": TraceCovariance, "shampoo": Shampoo}
 
 
 def compute(config: ComputeConfig, progress: Progress) -> Summary:
@@ -92,14 +97,16 @@ class Run:
 
     def fit(self) -> None:
         """All stages, each exported before the next one needs its memory."""
+        # Wide enough to sum in, even where results are stored in 16 bits.
+        dtype = np.promote_types(np.float32, DTYPES[self.config.hessian_dtype][1])
         stages = fit_stages(
             self.problem,
             _Batches(self.documents, self.plan),
             positions=self.documents.positions,
             documents=len(self.documents),
+            method=FACTOR_FOLDS[self.config.bergson_method](dtype),
             correct_eigenvalues=self.config.corrects_eigenvalues,
-            # Wide enough to sum in, even where results are stored in 16 bits.
-            dtype=np.promote_types(np.float32, DTYPES[self.config.hessian_dtype][1]),
+            dtype=dtype,
             progress=self.progress,
         )
         for kinds in stages:

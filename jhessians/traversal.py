@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from jhessians.mesh import axis_names, parameter_specs
 from jhessians.tape import Context, Fold, Site, Statistics, Tape, Tapped, attach, gather_weights
-from jhessians.typing import Array, Bool, Float, PyTree
+from jhessians.typing import Array, Bool, DTypeLike, Float, PyTree
 
 Loss = Callable[[Any, Any], Float[Array, ""]]
 """loss(model, batch), a *sum* over documents, whose gradient at every linear is what folds see."""
@@ -29,7 +30,7 @@ Loss = Callable[[Any, Any], Float[Array, ""]]
 def find_sites(
     loss: Loss,
     model: nnx.Module,
-    batch: PyTree[Array],
+    batch: PyTree,
     *,
     include_bias: bool = False,
     select: Callable[[str], bool] = lambda name: True,
@@ -52,7 +53,7 @@ def find_sites(
 
     def trace(state, batch):
         copy = nnx.merge(graph, state)
-        attach(copy, listener)  # type: ignore[arg-type]
+        attach(copy, listener)
         return loss(copy, batch)
 
     jax.eval_shape(trace, state, batch)
@@ -78,8 +79,13 @@ def restrict(sites: Mapping[str, Site], select: Callable[[str], bool]) -> dict[s
     return kept
 
 
-class _Listener:
-    """Stands in for a tape while `find_sites` traces, and notes who is called on what."""
+def unshared(sites: Mapping[str, Site]) -> dict[str, Site]:
+    """The same sites, each keeping its own input's statistics."""
+    return {name: replace(site, input_site=name) for name, site in sites.items()}
+
+
+class _Listener(Tape):
+    """The tape while `find_sites` traces: notes who is called on what."""
 
     def __init__(self, calls=None, layers: int | None = None):
         self.calls: dict[str, tuple[Site, Any]] = {} if calls is None else calls
@@ -113,7 +119,7 @@ def initialize(
     fold: Fold,
     sites: Mapping[str, Site],
     *,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
 ) -> Statistics:
     """Sums of nothing: zeros for every site, their rows padded and sharded over `mesh`."""
@@ -138,11 +144,11 @@ def accumulate(
     fold: Fold,
     loss: Loss,
     model: nnx.Module,
-    batch: PyTree[Array],
+    batch: PyTree,
     statistics: Statistics,
     *,
     sites: Mapping[str, Site],
-    mask: Bool[Array, "n s"] | None = None,
+    mask: Bool[Array | np.ndarray, "n s"] | None = None,
     operands: Mapping[str, Mapping[str, Any]] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Statistics, Float[Array, ""]]:

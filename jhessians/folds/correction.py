@@ -14,7 +14,7 @@ from jax import lax
 
 from jhessians.folds.covariance import masked, with_ones
 from jhessians.tape import Context, Site
-from jhessians.typing import Array, Float, PyTree
+from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EigenvalueCorrection:
         dtype: In which to rotate and accumulate.
     """
 
-    dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    dtype: DTypeLike = jnp.float32
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
         return jax.ShapeDtypeStruct((site.out_features, site.inputs), self.dtype)

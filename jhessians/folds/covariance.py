@@ -6,13 +6,13 @@ arXiv:2311.00636 (their "expand" setting); equations 18 and 19 of arXiv:2308.032
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jhessians.linalg.symmetric import packed_gram, packed_shapes
-from jhessians.tape import Context, Site
+from jhessians.linalg.symmetric import packed_gram, packed_shapes, packed_trace
+from jhessians.tape import Context, Fold, Site, Statistics
 from jhessians.typing import Array, Float, PyTree
 
 
@@ -25,14 +25,10 @@ class Covariance:
     """
 
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    shares_inputs = True  # A depends on the input alone
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
-        def packed(d: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-            return tuple(jax.ShapeDtypeStruct(shape, self.dtype) for shape in packed_shapes(d))
-
-        shapes = {"gradient": packed(site.out_features)}
-        # Linears that read the same array have the same A; only the first of them keeps it.
-        return {"activation": packed(site.inputs), **shapes} if site.owns_input else shapes
+        return factor_shapes(site, self.dtype)
 
     def term(
         self,
@@ -47,9 +43,47 @@ class Covariance:
             term["activation"] = self._gram(masked(with_ones(a, site), context), context)
         return term
 
+    def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
+        return statistics
+
     def _gram(self, x: Float[Array, "n s d"], context: Context) -> tuple[Array, ...]:
         rows = x.reshape(-1, x.shape[-1])
         return packed_gram(rows, multiple=context.shards, dtype=self.dtype)
+
+
+class FactorFold(Fold, Protocol):
+    """A fold whose sums are one matrix per side of every linear, packed.
+
+    Attributes:
+        shares_inputs: Whether linears that read the same array have the same activation matrix.
+    """
+
+    shares_inputs: bool
+
+    def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
+        """The factors, from sums over the whole data set."""
+        ...
+
+
+def factor_shapes(site: Site, dtype: jnp.dtype) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
+    """Packed [I', I'], where the site keeps its input's, and packed [O, O]."""
+
+    def packed(d: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in packed_shapes(d))
+
+    gradient = {"gradient": packed(site.out_features)}
+    return {"activation": packed(site.inputs), **gradient} if site.owns_input else gradient
+
+
+def divide_activation_by_trace(sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
+    """Statistics whose activation matrices have trace one (or are zero)."""
+
+    def scaled(site: Site, factors: dict[str, Any]) -> dict[str, Any]:
+        trace = packed_trace(factors["activation"], site.inputs)
+        scale = jnp.where(trace > 0, 1 / jnp.where(trace > 0, trace, 1), 0)[..., None, None]
+        return {**factors, "activation": tuple(x * scale for x in factors["activation"])}
+
+    return {name: scaled(sites[name], factors) for name, factors in statistics.items()}
 
 
 def with_ones(a: Float[Array, "n s i"], site: Site) -> Float[Array, "n s j"]:

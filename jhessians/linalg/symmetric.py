@@ -32,10 +32,22 @@ def packed_shapes(d: int) -> tuple[tuple[int, int], ...]:
 def packed_gram(
     x: Float[Array, "r d"], *, multiple: int = 1, dtype: jnp.dtype | None = None
 ) -> tuple[Float[Array, "_ _"], ...]:
-    """The packed Gram of x.
+    """The packed Gram of x; arguments as in `packed_product`."""
+    return packed_product(x, x, multiple=multiple, dtype=dtype)
+
+
+def packed_product(
+    x: Float[Array, "r d"],
+    y: Float[Array, "r d"],
+    *,
+    multiple: int = 1,
+    dtype: jnp.dtype | None = None,
+) -> tuple[Float[Array, "_ _"], ...]:
+    """xᵀy, packed, where it is known to be symmetric.
 
     Args:
         x: Rows to sum over, masked.
+        y: Likewise.
         multiple: Blocks' rows are padded with zeros to a multiple of this, the operand rather
             than the product.
         dtype: In which to accumulate; default that of x.
@@ -45,17 +57,24 @@ def packed_gram(
     """
     dtype = jnp.dtype(dtype or x.dtype)
     if dtype.itemsize > 4:
-        x = x.astype(dtype)
+        x, y = x.astype(dtype), y.astype(dtype)
     blocks = []
     for start, stop in block_bounds(x.shape[1]):
         left = x[:, start:stop]
         if missing := -(stop - start) % multiple:
             left = jnp.pad(left, ((0, 0), (0, missing)))
-        blocks.append(
-            lax.dot_general(left, x[:, start:], (((0,), (0,)), ((), ())),
-                            preferred_element_type=dtype)
-        )  # fmt: skip
+        over_rows = (((0,), (0,)), ((), ()))
+        blocks.append(lax.dot_general(left, y[:, start:], over_rows, preferred_element_type=dtype))
     return tuple(blocks)
+
+
+def packed_trace(blocks: Sequence[Float[Array, "*stack _ _"]], d: int) -> Float[Array, "*stack"]:
+    """The trace of packed d × d matrices, whose rows may be padded and sharded."""
+    traces = [
+        jnp.trace(block[..., : stop - start, : stop - start], axis1=-2, axis2=-1)
+        for (start, stop), block in zip(block_bounds(d), blocks, strict=True)
+    ]
+    return jnp.stack(traces).sum(0)
 
 
 def unpack(blocks: Sequence[Array | np.ndarray], d: int) -> np.ndarray:
