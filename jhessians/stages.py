@@ -25,9 +25,8 @@ from jhessians.linalg.symmetric import unpack
 from jhessians.mesh import axis_names, fetch, put_batch
 from jhessians.tape import Fold, Site, Statistics
 from jhessians.traversal import Loss, accumulate, initialize
-from jhessians.typing import Array, PyTree
+from jhessians.typing import Array, DTypeLike, PyTree
 
-FLOAT32 = jnp.dtype(jnp.float32)
 KINDS: tuple[Literal["activation", "gradient"], ...] = ("activation", "gradient")
 
 
@@ -60,7 +59,7 @@ def run_pass(
     problem: Problem,
     batches: Iterable[PyTree[np.ndarray]],
     *,
-    dtype: jnp.dtype = FLOAT32,
+    dtype: DTypeLike = jnp.float32,
     operands: Mapping[str, Mapping[str, Any]] | None = None,
     advance: Callable[[Any], None] = lambda batch: None,
 ) -> Statistics:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -77,7 +78,7 @@ class Context:
         shards: The product of their sizes.
     """
 
-    mask: Bool[Array, "n s"] | None = None
+    mask: Bool[Array | np.ndarray, "n s"] | None = None
     axes: tuple[str, ...] = field(default=(), metadata={"static": True})
     shards: int = field(default=1, metadata={"static": True})
 

@@ -11,6 +11,7 @@ Suffixes of local names follow: `a_nsi` is a linear's input, `g_nso` the loss gr
 output.
 """
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-__all__ = ["Array", "Bool", "Float", "Int", "PyTree"]
+__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int", "PyTree"]

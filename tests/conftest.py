@@ -13,7 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from jaxtyping import install_import_hook  # noqa: E402
 
 hook = install_import_hook(
-    ["jhessians.folds", "jhessians.linalg", "jhessians.models", "jhessians.traversal"],
+    [
+        f"jhessians.{name}"
+        for name in ("fitting", "folds", "linalg", "models", "stages", "tape", "traversal")
+    ],
     "beartype.beartype",
 )
 

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jhessians.models.config import DecoderConfig
-from jhessians.models.layers import Linear
+from jhessians.models.layers import Linear, at_least_float32
 from jhessians.models.rope import rotate
-from jhessians.typing import Array, Float
+from jhessians.typing import Array, DTypeLike, Float
 
 
 class Attention(nnx.Module):
     """Projections, rotation, softmax, output; fused or separate as the checkpoint has them."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c = config
         queries, keys = c.heads * c.head_size, c.key_value_heads * c.head_size
 
@@ -71,7 +71,7 @@ def attend(
     """Causal softmax(scale · query keyᵀ) value; the softmax at least in float32."""
     n, s, heads, d = query.shape
     groups = key.shape[2]
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = at_least_float32(query.dtype)
     query = query.reshape(n, s, groups, heads // groups, d)
     logits = jnp.einsum("nsgqd,ntgd->ngqst", query, key).astype(wide) * scale.astype(wide)
     causal = jnp.tril(jnp.ones((s, s), bool))

@@ -8,13 +8,13 @@ from jhessians.models.attention import Attention
 from jhessians.models.config import DecoderConfig
 from jhessians.models.layers import ACTIVATIONS, LayerNorm, Linear, RMSNorm, Stack
 from jhessians.models.rope import rotation
-from jhessians.typing import Array, Float, Int
+from jhessians.typing import Array, DTypeLike, Float, Int
 
 
 class MLP(nnx.Module):
     """down(activation(up(x))), or gated by activation(gate(x))."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c = config
 
         def linear(inputs: int, outputs: int) -> Linear:
@@ -35,7 +35,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP around the residual stream, one after the other or side by side."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.attention_norm = norm(config, dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.mlp_norm = norm(config, dtype)
@@ -61,7 +61,7 @@ class Decoder(nnx.Module):
         rngs: For random parameters; `nnx.eval_shape` builds it without any.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         c = config
         table = (c.vocabulary_size, c.hidden_size)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), table, dtype))
@@ -112,7 +112,7 @@ class Decoder(nnx.Module):
         return self.logits(self.hidden(tokens, lengths))
 
 
-def norm(config: DecoderConfig, dtype: jnp.dtype) -> LayerNorm | RMSNorm:
+def norm(config: DecoderConfig, dtype: DTypeLike) -> LayerNorm | RMSNorm:
     """The family's kind of norm over the residual stream."""
     kind: type[LayerNorm] | type[RMSNorm] = LayerNorm if config.norm == "layer" else RMSNorm
     return kind(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 from jhessians.tape import Tapped, attach
-from jhessians.typing import Array, Float, PyTree
+from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -23,6 +23,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """The type for sums and softmaxes of `dtype`'s numbers."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def per_feature(vector: Float[Array, " d"], x: Float[Array, "*rows d"]) -> Float[Array, "*one d"]:
@@ -50,7 +55,7 @@ class Linear(Tapped):
         *,
         use_bias: bool = True,
         name: str | None = None,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         scale = in_features**-0.5
@@ -71,13 +76,13 @@ class Linear(Tapped):
 class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(variance + epsilon) * scale + bias, at least in float32."""
 
-    def __init__(self, features: int, *, epsilon: float, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, features: int, *, epsilon: float, dtype: DTypeLike = jnp.float32):
         self.scale = nnx.Param(jnp.ones((features,), dtype))
         self.bias = nnx.Param(jnp.zeros((features,), dtype))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(at_least_float32(x.dtype))
         centred = wide - wide.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         normed = centred * lax.rsqrt(variance + self.epsilon)
@@ -88,12 +93,12 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x²) + epsilon) * scale, the mean at least in float32."""
 
-    def __init__(self, features: int, *, epsilon: float, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, features: int, *, epsilon: float, dtype: DTypeLike = jnp.float32):
         self.scale = nnx.Param(jnp.ones((features,), dtype))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(at_least_float32(x.dtype))
         mean_square = jnp.square(wide).mean(-1, keepdims=True)
         normed = (wide * lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
         return per_feature(self.scale[...], x) * normed
@@ -123,7 +128,7 @@ class Stack(Tapped):
         rngs: nnx.Rngs,
         save_products: bool = True,
     ):
-        self.blocks = nnx.vmap(create)(rngs.fork(split=count))
+        self.blocks = nnx.vmap(create)(rngs.split(count))
         self.count = count
         self.save_products = save_products
 

@@ -71,7 +71,7 @@ class NextTokenLoss:
         chunks = -(-rows // size)
         size = -(-rows // chunks)
 
-        def split(x: Array, fill: float = 0) -> Array:
+        def split(x: Array, fill: int = 0) -> Array:
             width = ((0, chunks * size - rows),) + ((0, 0),) * (x.ndim - 1)
             return jnp.pad(x, width, constant_values=fill).reshape(chunks, size, *x.shape[1:])
 
