@@ -133,7 +133,7 @@ def live_payloads(canary: str) -> dict[str, bytes]:
             for key, program in live.items()}  # fmt: skip
 
 
-LAUGHS = b"](K\x01e" + b"".join(b"q\x00](" + b"h\x00" * 10 + b"e" for _ in range(30))
+LAUGHS = b"(](K\x01e" + b"".join(b"q\x00](" + b"h\x00" * 10 + b"e" for _ in range(30)) + b"t"
 HASH_BOMB = b"K\x01\x85" + b"".join(b"q\x00h\x00\x86" for _ in range(60))
 HUGE = 2**60
 INERT = {
@@ -220,10 +220,11 @@ INERT = {
     "huge number as key": b"}" + number(2**70) + b"Ns",
     "list in itself": b"]q\x00h\x00a",
     "dict in itself": b"}q\x00K\x01h\x00s",
-    "deep lists": b"](" * 100_000 + b"e" * 100_000,
-    "deep tuples": b")" + b"\x85" * 100_000,
-    "deep by sharing": b")" + b"q\x00h\x00\x85" * 100,
-    "open marks": b"(" * 100_000 + b"N",
+    "deep lists": b"](" * 30_000 + b"e" * 30_000,
+    "deep tuples": b")" + b"\x85" * 30_000,
+    # The inner tuple is met first where it is not too deep.
+    "deep by sharing": b")" + b"\x85" * 60 + b"q\x00h\x00" + b"\x85" * 10 + b"\x86",
+    "open marks": b"(" * 30_000 + b"N",
     "dup": b"N2", "pop mark": b"(N1N",
     "append to a string": text("x") + b"K\x01a",
     "append to a tuple": b")K\x01a",
