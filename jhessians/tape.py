@@ -17,11 +17,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
-from jhessians.typing import Array, Bool, Float, PyTree
+from jhessians.typing import Array, Float, PyTree
 
 Statistics = dict[str, Any]  # site name -> the fold's pytree, with a leading layer axis in stacks
 
@@ -73,12 +72,12 @@ class Context:
     """What a fold may know of the batch on its device.
 
     Attributes:
-        mask: The positions that count; None if all do.
+        mask: The positions that count, [document, position]; None if all do.
         axes: The mesh axes that rows are sharded over; none on a single device.
         shards: The product of their sizes.
     """
 
-    mask: Bool[Array | np.ndarray, "n s"] | None = None
+    mask: Any = None
     axes: tuple[str, ...] = field(default=(), metadata={"static": True})
     shards: int = field(default=1, metadata={"static": True})
 
