@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
 from converters import hub, registry, rules
 from converters.reader import StoredTensor, open_checkpoint
@@ -76,10 +76,8 @@ def load(
     source.obtain_weights()
     checkpoint = open_checkpoint(source.folder)
 
-    def build(dtype: Any) -> Decoder:
-        return nnx.eval_shape(lambda: registry.create(config, dtype=dtype, rngs=nnx.Rngs(0)))
-
-    wanted = rules.slots(family, parameter_shapes(build(jnp.float32)))
+    model = nnx.eval_shape(lambda: registry.create(config, rngs=nnx.Rngs(0)))
+    wanted = rules.slots(family, parameter_shapes(model))
     stored = rules.match(family, wanted, checkpoint)
     rules.check_tied(family, wanted, checkpoint)
     dtype = _parameter_dtype(stored) if dtype is None else jnp.dtype(dtype)
@@ -88,10 +86,9 @@ def load(
             f"{source.folder} would be loaded as {dtype}, which JAX has turned off; "
             "set JAX_ENABLE_X64=1, or load it as float32"
         )
-    model = build(dtype)
     if mesh is not None and fsdp:
         mark_sharded(model, mesh)
-    _fill(model, wanted, stored, mesh)
+    _fill(model, wanted, stored, dtype, mesh)
     return LoadedModel(model, config, hub.tokenizer_of(source))
 
 
@@ -119,6 +116,7 @@ def _fill(
     model: Decoder,
     wanted: Mapping[str, rules.Slot],
     stored: Mapping[str, StoredTensor],
+    dtype: np.dtype,
     mesh: Mesh | None,
 ) -> None:
     """Read every tensor into its parameter; `model` holds shapes before and arrays after."""
@@ -130,17 +128,25 @@ def _fill(
     specs = {} if mesh is None else dict(nnx.to_flat_state(parameter_specs(state, mesh)))
     for path, variable in flat.items():
         spec = None if mesh is None else tuple(specs[path].get_value())
-        shape, dtype = tuple(variable.shape), variable.dtype
+        sharding = _sharding(mesh, spec)
         array = None
         for name in names[".".join(map(str, path))]:
             slot = wanted[name]
-            entry = _read(name, slot, stored[name], dtype, _sharding(mesh, spec, len(slot.index)))
+            values = slot.transform.to_ours(stored[name].read()).astype(dtype, copy=False)
+            entry = _place(values, _sharding(mesh, spec, len(slot.index)))
             if not slot.index:
-                array = entry
-                continue
-            sharding = _sharding(mesh, spec)
-            array = jnp.zeros(shape, dtype, device=sharding) if array is None else array
-            array = _writer(sharding)(array, entry, tuple(np.int32(i) for i in slot.index))
+                array, finite = entry, _is_finite(entry)
+            else:
+                if array is None:
+                    array = jnp.zeros(variable.shape, dtype, device=sharding)
+                index = tuple(np.int32(i) for i in slot.index)
+                array, finite = _writer(sharding)(array, entry, index)
+            # Asking for the answer also waits for the transfer: tensors don't pile up on the host.
+            if not bool(finite):
+                raise NumericsError(
+                    f"{name} holds NaN or infinity as {dtype}; expected finite weights; "
+                    "check the checkpoint, or load it in a wider type"
+                )
         flat[path] = variable.replace(array)
     nnx.update(model, nnx.from_flat_state(flat))
 
@@ -150,22 +156,10 @@ def _sharding(mesh: Mesh | None, spec: tuple | None, leading: int = 0) -> Shardi
     return None if mesh is None or spec is None else NamedSharding(mesh, P(*spec[leading:]))
 
 
-def _read(
-    name: str, slot: rules.Slot, tensor: StoredTensor, dtype: Any, sharding: Sharding | None
-) -> Array:
-    """A tensor's values, as ours, on their devices."""
-    values = slot.transform.to_ours(tensor.read()).astype(dtype, copy=False)
+def _place(values: Shaped[np.ndarray, "..."], sharding: Sharding | None) -> Array:
     if sharding is None:
-        placed = jnp.asarray(values)
-    else:
-        placed = jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
-    # Asking for the answer also waits for the transfer, so that tensors don't pile up on the host.
-    if not bool(_is_finite(placed)):
-        raise NumericsError(
-            f"{name} holds NaN or infinity as {dtype}; expected finite weights; "
-            "check the checkpoint, or load it in a wider type"
-        )
-    return placed
+        return jnp.asarray(values)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 @jax.jit
@@ -175,9 +169,9 @@ def _is_finite(values: Array) -> Array:
 
 @cache
 def _writer(sharding: Sharding | None) -> Any:
-    """Writes an entry into a stack, in the stack's own memory."""
+    """Writes an entry into a stack, in the stack's own memory, and tells whether it is finite."""
 
-    def write(stack: Array, entry: Array, index: tuple[Array, ...]) -> Array:
-        return stack.at[index].set(entry)
+    def write(stack: Array, entry: Array, index: tuple[Array, ...]) -> tuple[Array, Array]:
+        return stack.at[index].set(entry), jnp.isfinite(entry).all()
 
-    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+    return jax.jit(write, donate_argnums=0, out_shardings=(sharding, None))

@@ -15,7 +15,7 @@ from jhessians.typing import Array, Float, Int
 
 def rotation(
     config: RopeConfig, lengths: Int[Array, " n"], positions: int
-) -> tuple[Float[Array, "n s r"], Float[Array, "n s r"]]:
+) -> tuple[Float[Array, "m s r"], Float[Array, "m s r"]]:
     """Cosine and sine of every position's angles.
 
     Args:
