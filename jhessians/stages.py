@@ -40,6 +40,7 @@ class Problem:
         sites: The linears to record, from `find_sites`.
         mask: Tells from a batch which positions count; None if all do.
         mesh: Devices; None for the default one alone.
+        draws: How many losses `loss` returns, over which statistics are averaged.
     """
 
     loss: Loss
@@ -47,6 +48,7 @@ class Problem:
     sites: Mapping[str, Site]
     mask: Callable[[Any], Array | None] = lambda batch: getattr(batch, "position_mask", None)
     mesh: Mesh | None = None
+    draws: int = 1
 
     @property
     def hosts(self) -> int:
@@ -85,7 +87,8 @@ def run_pass(
     def step(state, batch, statistics, operands):
         return accumulate(
             fold, problem.loss, nnx.merge(graph, state), batch, statistics,
-            sites=problem.sites, mask=problem.mask(batch), operands=operands, mesh=mesh,
+            sites=problem.sites, mask=problem.mask(batch), operands=operands,
+            draws=problem.draws, mesh=mesh,
         )  # fmt: skip
 
     def finish(batch, loss):

@@ -75,11 +75,13 @@ class Context:
         mask: The positions that count, [document, position]; None if all do.
         axes: The mesh axes that rows are sharded over; none on a single device.
         shards: The product of their sizes.
+        weight: Of every term; the traversal multiplies by it.
     """
 
     mask: Any = None
     axes: tuple[str, ...] = field(default=(), metadata={"static": True})
     shards: int = field(default=1, metadata={"static": True})
+    weight: float = field(default=1.0, metadata={"static": True})
 
     def padded(self, rows: int) -> int:
         """`rows` rounded up to a multiple of the shards."""
@@ -256,7 +258,12 @@ def _add_term(fold, site, a, g, statistics, operands, context, slot):
         here = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, slot, keepdims=False), operands)
         term = fold.term(site, a, g, here, context)
         add_to = lambda total, x: total.at[slot].add(x)  # noqa: E731
+
+    def weighted(x: Array) -> Array:
+        return x if context.weight == 1 else x * context.weight
+
     return jax.tree.map(
-        lambda total, x: add_to(total, context.scatter_rows(x.astype(total.dtype))),
-        statistics, term,
-    )  # fmt: skip
+        lambda total, x: add_to(total, context.scatter_rows(weighted(x.astype(total.dtype)))),
+        statistics,
+        term,
+    )

@@ -150,6 +150,7 @@ def accumulate(
     sites: Mapping[str, Site],
     mask: Bool[Array | np.ndarray, "n s"] | None = None,
     operands: Mapping[str, Mapping[str, Any]] | None = None,
+    draws: int = 1,
     mesh: Mesh | None = None,
 ) -> tuple[Statistics, Float[Array, ""]]:
     """Add one batch's terms to the statistics.
@@ -165,12 +166,16 @@ def accumulate(
         sites: From `find_sites`.
         mask: The positions that count; default all.
         operands: Per site, further arrays that the fold needs, rows sharded like statistics.
+        draws: How many losses `loss` returns, in a vector; statistics are averaged over them.
         mesh: Spreads documents and rows over all its axes; default the one device of `batch`.
 
     Returns:
         The new statistics, and the batch's loss.
+
+    Raises:
+        ValueError: If `loss` returns another number of losses.
     """
-    context = _context(mesh)
+    context = replace(_context(mesh), weight=1 / draws)
     graph, state = nnx.split(model)
 
     def local(state, batch, mask, statistics, operands):
@@ -183,9 +188,18 @@ def accumulate(
             return value, tape.statistics
 
         # The zeros are never read: only their cotangent, the running sum, exists in memory.
-        value, pullback, *_ = jax.vjp(forward, jax.tree.map(jnp.zeros_like, statistics))
-        (statistics,) = pullback((jnp.ones_like(value[0]), statistics))
-        return statistics, lax.psum(value[0], context.axes) if context.axes else value[0]
+        (value, _), pullback = jax.vjp(forward, jax.tree.map(jnp.zeros_like, statistics))
+        if value.size != draws:
+            raise ValueError(f"the loss has shape {value.shape}; expected {draws} losses")
+
+        def backward(statistics, draw):
+            (statistics,) = pullback((draw.reshape(value.shape), statistics))
+            return statistics, None
+
+        # One backward pass for each loss of a vector of them, all from one forward pass.
+        statistics, _ = lax.scan(backward, statistics, jnp.eye(value.size, dtype=value.dtype))
+        mean = value.mean()
+        return statistics, lax.psum(mean, context.axes) if context.axes else mean
 
     operands = operands or {}
     with jax.default_matmul_precision("highest"):

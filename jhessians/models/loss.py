@@ -13,6 +13,7 @@ from jax import lax
 
 from jhessians.data.batching import Batch
 from jhessians.models.decoder import Decoder
+from jhessians.models.layers import at_least_float32
 from jhessians.typing import Array, Float, Int
 
 CHUNK_LOGITS = 1 << 22  # logits of a chunk: 16 MiB in float32, of which a few copies live at once
@@ -30,27 +31,36 @@ class NextTokenLoss:
         reduction: `sum`, or `mean`: the gradient divided by the square root of the document's
             labelled positions, since a curvature is quadratic in it.
         seed: Of the draws. A label depends on (seed, document, position) and on nothing else.
+        draws: K, labels sampled per position from one forward pass. The loss is then a vector of
+            K, over which statistics are averaged: the Fisher's variance falls as 1 / K.
+        function: `cross_entropy`, or `log_odds`, -log(p / (1 - p)) of the label's probability
+            (Park et al. 2023, arXiv:2303.14186), for data-set labels.
+        label_smoothing: Share of each target that is spread over the whole vocabulary.
     """
 
     labels: Literal["dataset", "sampled"] = "sampled"
     reduction: Literal["sum", "mean"] = "sum"
     seed: int = 0
+    draws: int = 1
+    function: Literal["cross_entropy", "log_odds"] = "cross_entropy"
+    label_smoothing: float = 0.0
 
-    def __call__(self, model: Decoder, batch: Batch) -> Float[Array, ""]:
+    def __call__(self, model: Decoder, batch: Batch) -> Float[Array, "*k"]:
         n, s = batch.tokens.shape
         lengths = batch.position_mask.sum(1, dtype=jnp.int32) + 1
         hidden = model.hidden(jnp.asarray(batch.tokens), lengths)
 
         targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=NO_LABEL)
         labelled = targets != NO_LABEL
-        weights = labelled.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+        weights = labelled.astype(at_least_float32(hidden.dtype))
         if self.reduction == "mean":
             weights /= jnp.sqrt(jnp.maximum(weights.sum(1, keepdims=True), 1))
         position = jnp.broadcast_to(jnp.arange(s)[None], (n, s))
         document = jnp.broadcast_to(batch.document[:, None], (n, s))
 
         flat = [x.reshape(n * s, *x.shape[2:]) for x in (targets, weights, document, position)]
-        return self._chunked(model, hidden.reshape(n * s, -1), *flat)
+        values = self._chunked(model, hidden.reshape(n * s, -1), *flat)
+        return values if self.draws > 1 else values[0]
 
     def _chunked(
         self,
@@ -60,7 +70,7 @@ class NextTokenLoss:
         weights: Float[Array, " t"],
         document: Int[Array, " t"],
         position: Int[Array, " t"],
-    ) -> Float[Array, ""]:
+    ) -> Float[Array, " k"]:
         """The weighted loss of all positions, with its gradient taken chunk by chunk.
 
         Loss and gradient at the hidden states are computed together while a chunk's logits exist,
@@ -75,20 +85,26 @@ class NextTokenLoss:
             width = ((0, chunks * size - rows),) + ((0, 0),) * (x.ndim - 1)
             return jnp.pad(x, width, constant_values=fill).reshape(chunks, size, *x.shape[1:])
 
-        def step(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        def step(totals: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
             hidden, targets, weights, document, position = chunk
-            value, gradient = jax.value_and_grad(self._weighted)(
-                hidden, model, targets, weights, document, position
-            )
-            return total + value, gradient
+
+            def one(draw: Array) -> tuple[Array, Array]:
+                return jax.value_and_grad(self._weighted)(
+                    hidden, model, targets, weights, document, position, draw
+                )
+
+            values, gradients = jax.vmap(one)(jnp.arange(self.draws))
+            return totals + values, gradients
 
         fixed = lax.stop_gradient(hidden)
         pieces = (split(fixed), split(targets, NO_LABEL), split(weights), split(document),
                   split(position))  # fmt: skip
-        value, gradient = lax.scan(step, jnp.zeros((), weights.dtype), pieces)
-        gradient = gradient.reshape(chunks * size, -1)[:rows]
-        # Zero in value; in the backward pass it hands `gradient` to the hidden states.
-        return value + jnp.sum((gradient * (hidden - fixed)).astype(value.dtype))
+        zeros = jnp.zeros((self.draws,), weights.dtype)
+        values, gradients = lax.scan(step, zeros, pieces)
+        gradients = gradients.swapaxes(0, 1).reshape(self.draws, chunks * size, -1)[:, :rows]
+        # Zero in value; in the backward pass it hands `gradients` to the hidden states.
+        surrogate = jnp.einsum("ktd,td->k", gradients, hidden - fixed)
+        return values + surrogate.astype(values.dtype)
 
     def _weighted(
         self,
@@ -98,24 +114,39 @@ class NextTokenLoss:
         weights: Float[Array, " t"],
         document: Int[Array, " t"],
         position: Int[Array, " t"],
+        draw: Int[Array, ""],
     ) -> Float[Array, ""]:
-        """Σ weight · cross-entropy over one chunk's positions."""
+        """Σ weight · loss over one chunk's positions."""
         logits = model.logits(hidden).astype(weights.dtype)
         labels = jnp.where(targets == NO_LABEL, 0, targets)
         if self.labels == "sampled":
-            labels = sample(lax.stop_gradient(logits), document, position, self.seed)
+            labels = sample(lax.stop_gradient(logits), document, position, self.seed, draw)
         chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - chosen))
+        if self.function == "log_odds":
+            is_label = jnp.arange(logits.shape[-1])[None] == labels[:, None]
+            others = jnp.where(is_label, -jnp.inf, logits)
+            losses = jax.nn.logsumexp(others, axis=-1) - chosen
+        else:
+            normalizer = jax.nn.logsumexp(logits, axis=-1)
+            losses = normalizer - chosen
+            if self.label_smoothing:
+                spread = normalizer - logits.mean(-1)
+                losses += self.label_smoothing * (spread - losses)
+        return jnp.sum(weights * losses)
 
 
 def sample(
-    logits: Float[Array, "t v"], document: Int[Array, " t"], position: Int[Array, " t"], seed: int
+    logits: Float[Array, "t v"],
+    document: Int[Array, " t"],
+    position: Int[Array, " t"],
+    seed: int,
+    draw: Int[Array, ""] | int = 0,
 ) -> Int[Array, " t"]:
     """One label per row from softmax(logits): first a block of tokens, then one of its tokens.
 
     Both draws use the Gumbel-max trick, and the two stages take 2 √V random numbers a row instead
-    of V. The row's key is a function of (seed, document, position), so the draw does not move with
-    batch, padding or mesh. (Inverting the distribution function would take a single random number,
+    of V. The row's key is a function of (seed, draw, document, position), so the label does not
+    move with batch, padding or mesh. (Inverting the distribution function would take a single random number,
     but there rounding moves the result far more often.)
     """
     rows, vocabulary = logits.shape
@@ -125,8 +156,10 @@ def sample(
     padded = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
     by_block = padded.reshape(rows, blocks, width)
 
+    of_draw = jax.random.fold_in(jax.random.key(seed), draw)
+
     def noise(document: Array, position: Array) -> tuple[Array, Array]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), document), position)
+        key = jax.random.fold_in(jax.random.fold_in(of_draw, document), position)
         for_block, for_token = jax.random.split(key)
         return (
             jax.random.gumbel(for_block, (blocks,), logits.dtype),
