@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jhessians.linalg.symmetric import packed_gram, packed_shapes, packed_trace
 from jhessians.tape import Context, Fold, Site, Statistics
-from jhessians.typing import Array, Float, PyTree
+from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Covariance:
         dtype: In which to accumulate.
     """
 
-    dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    dtype: DTypeLike = jnp.float32
     shares_inputs = True  # A depends on the input alone
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
@@ -65,7 +65,7 @@ class FactorFold(Fold, Protocol):
         ...
 
 
-def factor_shapes(site: Site, dtype: jnp.dtype) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
+def factor_shapes(site: Site, dtype: DTypeLike) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
     """Packed [I', I'], where the site keeps its input's, and packed [O, O]."""
 
     def packed(d: int) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -19,7 +19,7 @@ from jhessians.folds.covariance import (
 )
 from jhessians.linalg.symmetric import packed_product
 from jhessians.tape import Context, Site, Statistics
-from jhessians.typing import Array, Float, PyTree
+from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TraceCovariance:
         normalize: Whether A is divided by δ at the end.
     """
 
-    dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    dtype: DTypeLike = jnp.float32
     normalize: bool = False
     shares_inputs = False  # A depends on the gradients too
 

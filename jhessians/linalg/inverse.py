@@ -3,6 +3,9 @@
 Λ: [out, in], the eigenvalues; Q_S, Q_A: eigenvectors as columns.
 """
 
+import jax
+import jax.numpy as jnp
+
 from jhessians.typing import Array, Float
 
 
@@ -54,5 +57,7 @@ def inverse_vector_product(
         Grosse et al. 2023, arXiv:2308.03296, equation 21.
     """
     multiplier = damped_inverse(eigenvalues, eigenvalues.mean(), damping_factor=damping_factor)
-    rotated = eigenvectors_gradient.T @ gradient @ eigenvectors_activation
-    return eigenvectors_gradient @ (multiplier * rotated) @ eigenvectors_activation.T
+    with jax.default_matmul_precision("highest"):
+        rotated = eigenvectors_gradient.T @ gradient @ eigenvectors_activation
+        scaled = rotated * jnp.broadcast_to(multiplier, rotated.shape)
+        return eigenvectors_gradient @ scaled @ eigenvectors_activation.T

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jhessians.typing import Array, Float
+from jhessians.typing import Array, DTypeLike, Float
 
 BLOCKS = 4
 SMALLEST = 512  # measured on CPU: below, the smaller products cost more than the halves save
@@ -30,7 +30,7 @@ def packed_shapes(d: int) -> tuple[tuple[int, int], ...]:
 
 
 def packed_gram(
-    x: Float[Array, "r d"], *, multiple: int = 1, dtype: jnp.dtype | None = None
+    x: Float[Array, "r d"], *, multiple: int = 1, dtype: DTypeLike | None = None
 ) -> tuple[Float[Array, "_ _"], ...]:
     """The packed Gram of x; arguments as in `packed_product`."""
     return packed_product(x, x, multiple=multiple, dtype=dtype)
@@ -41,7 +41,7 @@ def packed_product(
     y: Float[Array, "r d"],
     *,
     multiple: int = 1,
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, "_ _"], ...]:
     """xᵀy, packed, where it is known to be symmetric.
 
