@@ -132,7 +132,8 @@ def _fill(
         array = None
         for name in names[".".join(map(str, path))]:
             slot = wanted[name]
-            values = slot.transform.to_ours(stored[name].read()).astype(dtype, copy=False)
+            with np.errstate(over="ignore"):  # found out below
+                values = slot.transform.to_ours(stored[name].read()).astype(dtype, copy=False)
             entry = _place(values, _sharding(mesh, spec, len(slot.index)))
             if not slot.index:
                 array, finite = entry, _is_finite(entry)

@@ -55,7 +55,13 @@ def decoder_config(config: Any) -> DecoderConfig:
     """
     family = family_of(config)
     check_neutral(family, config)
-    return family.config(config)
+    ours = family.config(config)
+    if ours.heads % ours.key_value_heads:
+        raise CheckpointError(
+            f"config.json shares num_key_value_heads {ours.key_value_heads} among {ours.heads} "
+            "heads; expected a divisor of the heads"
+        )
+    return ours
 
 
 def create(config: Any, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> Decoder:

@@ -31,8 +31,8 @@ def altered(tmp_path) -> Callable[..., Path]:
     """`altered(folder, **settings)`: a copy whose config.json has other settings."""
 
     def get(folder: Path, **settings: Any) -> Path:
-        copy = tmp_path / "altered"
-        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        copy = tmp_path / f"altered{sum(1 for _ in tmp_path.iterdir())}"
+        shutil.copytree(folder, copy)
         config = json.loads((copy / "config.json").read_text())
         (copy / "config.json").write_text(json.dumps({**config, **settings}))
         return copy

@@ -77,10 +77,8 @@ TWINS = {
     ),
     "gpt_neox-epsilon": ("gpt_neox", {"layer_norm_eps": 1e-3}),
     "gpt_neox-heads": ("gpt_neox", {"num_attention_heads": 2}),
-    "gpt_neox-residual": ("gpt_neox", {"use_parallel_residual": False}),
     "gpt2-epsilon": ("gpt2", {"layer_norm_epsilon": 1e-3}),
     "gpt2-heads": ("gpt2", {"n_head": 2}),
-    "gpt2-activation": ("gpt2", {"activation_function": "gelu"}),
 }
 
 
