@@ -118,7 +118,7 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
         metavar = "{" + ",".join(option.choices) + "}"
         group.add_argument(flag, metavar=metavar, help=text)
     else:
-        number = int if option.kind == "integer" else str
+        number = {"integer": int, "number": float}.get(option.kind, str)
         group.add_argument(flag, type=number, metavar=option.metavar or "VALUE", help=text)
 
 

@@ -44,6 +44,8 @@ class Method:
 METHODS = (
     Method("ekfac", bergson="kfac", ev_correction=True),
     Method("kfac", bergson="kfac", ev_correction=False),
+    Method("tkfac", bergson="tkfac", ev_correction=False),
+    Method("shampoo", bergson="shampoo", ev_correction=False),
 )
 
 
@@ -191,17 +193,56 @@ class ComputeConfig:
     )
     ev_correction: bool | None = option(
         None,
-        "Compute the eigenvalue correction too: with it, kfac becomes ekfac.",
+        "Compute the eigenvalue correction too, of any method: with it, kfac becomes ekfac.",
         group=STATISTICS,
         kind="flag",
-        default_text="as the method implies: true for ekfac, false for kfac",
+        default_text="as the method implies: true for ekfac, else false",
+    )
+    normalize_trace: bool = option(
+        False,
+        "With tkfac, divide the activation factor by the trace, as its paper does and bergson "
+        "does not.",
+        group=STATISTICS,
+    )
+    fisher_type: str | None = option(
+        None,
+        "Labels: sampled from the model (the true Fisher) or the data set's own next tokens "
+        "(the empirical Fisher).",
+        group=STATISTICS,
+        choices=("sampled", "dataset"),
+        default_text="sampled",
     )
     use_dataset_labels: bool = option(
         False,
-        "Take the data set's own next tokens as labels (the empirical Fisher) instead of "
-        "sampling them from the model (the true Fisher).",
+        "bergson's name for --fisher_type dataset.",
         group=STATISTICS,
         bergson="hessian_cfg.use_dataset_labels",
+    )
+    mc_samples: int = option(
+        1,
+        "Labels to sample per position from one forward pass; the Fisher's variance falls with "
+        "their number, the time of the backward pass grows.",
+        group=STATISTICS,
+        metavar="K",
+        unit="label",
+        minimum=1,
+    )
+    loss_fn: str = option(
+        "ce",
+        "Loss of a token: cross-entropy, or log_odds, -log(p / (1 - p)), of the data set's labels.",
+        group=STATISTICS,
+        choices=("ce", "log_odds"),
+        bergson="index_cfg.loss_fn",
+    )
+    label_smoothing: float = option(
+        0.0,
+        "Share of each of the data set's labels that is spread over the vocabulary.",
+        group=STATISTICS,
+        metavar="SHARE",
+        minimum=0.0,
+        maximum=1.0,
+        default_text="0",
+        bergson="index_cfg.label_smoothing",
     )
     loss_reduction: str = option(
         "sum",
@@ -322,6 +363,11 @@ class ComputeConfig:
         return self._method.ev_correction if self.ev_correction is None else self.ev_correction
 
     @property
+    def takes_dataset_labels(self) -> bool:
+        """Whether labels are the data set's, whichever way it was asked for."""
+        return self.use_dataset_labels or self.fisher_type == "dataset"
+
+    @property
     def needs_float64(self) -> bool:
         """Whether some array of JAX's must be in 64 bits."""
         return "fp64" in (self.precision, self.hessian_dtype)
@@ -358,7 +404,31 @@ class ComputeConfig:
                 f"--method {self.method} includes the eigenvalue correction, "
                 "yet --ev_correction is false; use --method kfac"
             )
+        self._validate_loss()
         self._validate_chunks()
+
+    def _validate_loss(self) -> None:
+        if self.normalize_trace and self.method != "tkfac":
+            raise ConfigError(
+                f"--normalize_trace belongs to --method tkfac, not {self.method}; leave it out"
+            )
+        if self.use_dataset_labels and self.fisher_type == "sampled":
+            raise ConfigError(
+                "--use_dataset_labels contradicts --fisher_type sampled; give one of them"
+            )
+        if self.takes_dataset_labels and self.mc_samples > 1:
+            raise ConfigError(
+                f"--mc_samples {self.mc_samples} draws labels, yet they are the data set's; "
+                "use --fisher_type sampled or leave it out"
+            )
+        if not self.takes_dataset_labels:
+            for name, given in (("loss_fn log_odds", self.loss_fn == "log_odds"),
+                                ("label_smoothing", self.label_smoothing > 0)):  # fmt: skip
+                if given:
+                    raise ConfigError(
+                        f"--{name} is for the data set's labels, while these are sampled; "
+                        "add --fisher_type dataset"
+                    )
 
     def _validate_chunks(self) -> None:
         if self.chunk_length == 0:

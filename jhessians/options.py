@@ -14,8 +14,14 @@ from typing import Any, Literal
 
 from jhessians.errors import ConfigError
 
-Kind = Literal["text", "integer", "flag", "list"]
+Kind = Literal["text", "integer", "number", "flag", "list"]
 
+_TYPES: dict[str, tuple[Any, str]] = {
+    "text": (str, "text"),
+    "integer": (int, "a whole number"),
+    "number": ((int, float), "a number"),
+    "flag": (bool, "true or false"),
+}
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 
@@ -33,8 +39,8 @@ class Option:
         unit: Unit of an integer, such as "tokens".
         metavar: Placeholder for the value in `--help`.
         choices: The only values allowed, if any.
-        minimum: Smallest integer allowed.
-        maximum: Largest integer allowed.
+        minimum: Smallest number allowed.
+        maximum: Largest number allowed.
         default_text: The default in words, where the value alone says too little.
         bergson: Dotted place in bergson's config.yaml, empty if the option is ours alone.
     """
@@ -47,8 +53,8 @@ class Option:
     unit: str = ""
     metavar: str = ""
     choices: tuple[str, ...] = ()
-    minimum: int | None = None
-    maximum: int | None = None
+    minimum: float | None = None
+    maximum: float | None = None
     default_text: str = ""
     bergson: str = ""
 
@@ -64,7 +70,9 @@ class Option:
 
 def option(default: Any, help: str, *, group: str, kind: Kind | None = None, **more: Any) -> Any:
     """A dataclass field that carries an `Option`; `kind` follows the default unless given."""
-    kinds: dict[type, Kind] = {bool: "flag", int: "integer", str: "text", tuple: "list"}
+    kinds: dict[type, Kind] = {
+        bool: "flag", int: "integer", float: "number", str: "text", tuple: "list"
+    }  # fmt: skip
     kind = kind or kinds.get(type(default), "text")
     return field(default=default, metadata={"help": help, "group": group, "kind": kind} | more)
 
@@ -115,11 +123,12 @@ def check(option: Option, value: Any) -> Any:
         if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
             raise ConfigError(f"--{option.name} takes a list of names, got {value!r}")
         return tuple(part for word in words for part in word.replace(",", " ").split())
-    expected: Any = {"text": str, "integer": int, "flag": bool}[option.kind]
+    expected, words = _TYPES[option.kind]
     # A bool is an int to Python, yet `seed: true` is a slip.
-    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        kind = {"text": "text", "integer": "a whole number", "flag": "true or false"}[option.kind]
-        raise ConfigError(f"--{option.name} takes {kind}, got {value!r}")
+    if not isinstance(value, expected) or (option.kind != "flag" and isinstance(value, bool)):
+        raise ConfigError(f"--{option.name} takes {words}, got {value!r}")
+    if option.kind == "number":
+        value = float(value)
     if option.choices and value not in option.choices:
         hint = did_you_mean(value, option.choices)
         raise ConfigError(

@@ -1,6 +1,6 @@
 """`compute`: load → covariances → eigendecompositions → correction, each exported as it is done."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +19,7 @@ from jhessians.data.sources import DataOptions, load_documents
 from jhessians.errors import CheckpointError, ConfigError
 from jhessians.factors import Kinds
 from jhessians.fitting import fit_stages
-from jhessians.folds.covariance import Covariance
+from jhessians.folds.covariance import Covariance, FactorFold
 from jhessians.folds.shampoo import Shampoo
 from jhessians.folds.tkfac import TraceCovariance
 from jhessians.interop.export import write_config, write_kind, write_totals
@@ -35,7 +35,11 @@ from jhessians.stages import Problem
 from jhessians.tape import Site
 from jhessians.traversal import find_sites, restrict
 
-FACTOR_FOLDS = {"kfac": Covariance, "tkfac": TraceCovariance, "shampoo": Shampoo}
+FACTOR_FOLDS: dict[str, Callable[[ComputeConfig, np.dtype], FactorFold]] = {
+    "kfac": lambda config, dtype: Covariance(dtype),
+    "tkfac": lambda config, dtype: TraceCovariance(dtype, config.normalize_trace),
+    "shampoo": lambda config, dtype: Shampoo(dtype),
+}
 
 
 def compute(config: ComputeConfig, progress: Progress) -> Summary:
@@ -104,7 +108,7 @@ class Run:
             _Batches(self.documents, self.plan),
             positions=self.documents.positions,
             documents=len(self.documents),
-            method=FACTOR_FOLDS[self.config.bergson_method](dtype),
+            method=FACTOR_FOLDS[self.config.bergson_method](self.config, dtype),
             correct_eigenvalues=self.config.corrects_eigenvalues,
             dtype=dtype,
             progress=self.progress,
@@ -188,14 +192,17 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
             fsdp=config.fsdp and spread is not None,
         ).model
     loss = NextTokenLoss(
-        labels="dataset" if config.use_dataset_labels else "sampled",
+        labels="dataset" if config.takes_dataset_labels else "sampled",
         reduction="mean" if config.loss_reduction == "mean" else "sum",
         seed=config.seed,
+        draws=config.mc_samples,
+        function="log_odds" if config.loss_fn == "log_odds" else "cross_entropy",
+        label_smoothing=config.label_smoothing,
     )
     example = next(iter(_Batches(documents, plan)))
     sites = find_sites(loss, model, example, include_bias=config.include_bias)
     sites = _select(sites, config)
-    problem = Problem(loss, model, sites, mesh=spread)
+    problem = Problem(loss, model, sites, mesh=spread, draws=config.mc_samples)
     return Run(
         config,
         progress,

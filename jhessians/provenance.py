@@ -51,6 +51,7 @@ def to_bergson_dict(
         "dataset": dataset,
         # bergson writes "the model's own" as an empty name.
         "tokenizer": config.tokenizer or "",
+        "use_dataset_labels": config.takes_dataset_labels,
     }
     for each in options_of(ComputeConfig):
         if each.bergson:

@@ -28,9 +28,13 @@ CHANGED = ComputeConfig(
     precision="bf16",
     hessian_dtype="fp64",
     seed=7,
-    method="kfac",
+    method="tkfac",
     ev_correction=True,
+    normalize_trace=True,
+    fisher_type="dataset",
     use_dataset_labels=True,
+    loss_fn="log_odds",
+    label_smoothing=0.1,
     loss_reduction="mean",
     include_bias=True,
     modules=("layers.*.mlp.*", "*.q_proj"),
@@ -58,8 +62,8 @@ def test_changed_config_changes_everything_it_can():
         for each in options_of(ComputeConfig)
         if getattr(CHANGED, each.name) == getattr(default, each.name)
     }
-    # These two exclude options that are set above.
-    assert same == {"conversation_column", "chunk_length"}
+    # These exclude options that are set above.
+    assert same == {"conversation_column", "chunk_length", "mc_samples"}
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_bergson_reads_our_config(tmp_path):
     hessian = load_subconfig(tmp_path, "hessian_cfg", HessianConfig)
     index = load_subconfig(tmp_path, "index_cfg", IndexConfig)
     assert hessian == HessianConfig(
-        method="kfac", ev_correction=True, hessian_dtype="fp64", use_dataset_labels=True
+        method="tkfac", ev_correction=True, hessian_dtype="fp64", use_dataset_labels=True
     )
     expected = IndexConfig(
         run_path="runs/x",
@@ -229,6 +233,8 @@ def test_bergson_reads_our_config(tmp_path):
         include_bias=True,
         token_batch_size=512,
         loss_reduction="mean",
+        loss_fn="log_odds",
+        label_smoothing=0.1,
         filter_modules="*.gate_proj,*.k_proj",
         modules=["layers.*.mlp.*", "*.q_proj"],
     )

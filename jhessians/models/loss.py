@@ -146,8 +146,8 @@ def sample(
 
     Both draws use the Gumbel-max trick, and the two stages take 2 √V random numbers a row instead
     of V. The row's key is a function of (seed, draw, document, position), so the label does not
-    move with batch, padding or mesh. (Inverting the distribution function would take a single random number,
-    but there rounding moves the result far more often.)
+    move with batch, padding or mesh. (Inverting the distribution function would take a single
+    random number, but there rounding moves the result far more often.)
     """
     rows, vocabulary = logits.shape
     width = math.isqrt(vocabulary - 1) + 1
