@@ -29,3 +29,7 @@ SCORE_CORRELATION: Final = 0.9999
 # Oracles agree among themselves in float64 up to rounding, about 1e-12; the room above it is for
 # the float32 inside some families' norms, where rounding may fall on the other side.
 ORACLE_AGREEMENT: Final = 1e-9
+
+# With --precision fp64 and --hessian_dtype fp64 only the order of float64 additions is left, 1e-15
+# each, on a model whose own code computes nothing in float32.
+FLOAT64_FACTORS: Final = 1e-12
