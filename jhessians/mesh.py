@@ -80,18 +80,25 @@ def axis_names(mesh: Mesh) -> tuple[str, ...]:
     return tuple(mesh.axis_names)
 
 
-def mark_sharded(model: nnx.Module, mesh: Mesh) -> None:
+def mark_sharded(model: nnx.Module, mesh: Mesh, *, stacked: bool = False) -> None:
     """Note in each parameter's metadata along which axis `fsdp` shards it.
 
     The axis is counted from the end, so that it holds with and without a stack's layer axis: the
-    longest of the last two that the devices divide. Parameters without one stay whole.
+    longer of a matrix's two that the devices divide. Vectors and small matrices stay whole.
+
+    Args:
+        model: Arrays or shapes.
+        mesh: The devices.
+        stacked: Whether `model` is a stack's block, whose parameters have a layer axis in front.
     """
-    for _, parameter in nnx.iter_graph(model):
+    for parameter in vars(model).values():
         if isinstance(parameter, nnx.Param) and mesh.size > 1:
-            shape = parameter.shape[-2:]
-            fits = [i - len(shape) for i, size in enumerate(shape) if size % mesh.size == 0]
-            if fits and math.prod(parameter.shape) >= mesh.size * 1024:
+            shape = parameter.shape[stacked:]
+            fits = [i for i in (-1, -2) if len(shape) > 1 and shape[i] % mesh.size == 0]
+            if fits and math.prod(shape) >= mesh.size * SMALLEST_SHARD:
                 parameter.set_metadata(sharded_axis=max(fits, key=lambda i: shape[i]))
+    for _, child in nnx.iter_module_children(model):
+        mark_sharded(child, mesh, stacked=stacked or getattr(model, "scans", False))
 
 
 def parameter_specs(state: nnx.State, mesh: Mesh) -> PyTree[P]:
