@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jhessians.errors import MeshError
 from jhessians.typing import Array, PyTree
 
+SMALLEST_SHARD = 128  # elements of a parameter per device, under which it is copied to all
 LONGEST_AXIS = (
     8  # measured: from 16 chips on, a flat axis turns a reduce-scatter into an all-reduce
 )
