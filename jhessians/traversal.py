@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jhessians.mesh import axis_names, parameter_specs
@@ -201,25 +201,28 @@ def accumulate(
         mean = value.mean()
         return statistics, lax.psum(mean, context.axes) if context.axes else mean
 
-    operands = operands or {}
+    batch, mask, operands = jax.tree.map(jnp.asarray, (batch, mask, operands or {}))
+    arguments = (state, batch, mask, statistics, operands)
     with jax.default_matmul_precision("highest"):
         if mesh is None:
-            return local(state, batch, mask, statistics, operands)
+            return local(*arguments)
         rows = row_specs(sites, statistics, mesh)
         documents = P(axis_names(mesh))
+        specs = (
+            parameter_specs(state, mesh),
+            documents,
+            documents,
+            rows,
+            row_specs(sites, operands, mesh),
+        )
+        if AxisType.Explicit in mesh.axis_types:  # there arrays must be moved in so many words
+            arguments = jax.tree.map(
+                lambda spec, tree: jax.device_put(tree, NamedSharding(mesh, spec)),
+                specs, arguments, is_leaf=lambda x: isinstance(x, P),
+            )  # fmt: skip
         return jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(
-                parameter_specs(state, mesh),
-                documents,
-                documents,
-                rows,
-                row_specs(sites, operands, mesh),
-            ),
-            out_specs=(rows, P()),
-            check_vma=False,
-        )(state, batch, mask, statistics, operands)
+            local, mesh=mesh, in_specs=specs, out_specs=(rows, P()), check_vma=False
+        )(*arguments)
 
 
 def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree[P]:
