@@ -30,7 +30,8 @@ class Shape:
         Raises:
             ValueError: If it isn't four positive integers, or the width holds no whole heads.
         """
-        numbers = [int(word) for word in text.split(",")]
+        words = text.split(",")
+        numbers = [int(word) if word.isdecimal() else 0 for word in words]
         if len(numbers) != 4 or min(numbers) < 1 or numbers[0] % HEAD_SIZE:
             raise ValueError(
                 f"{text!r} is no shape; give width,layers,inner width,vocabulary, "

@@ -80,7 +80,7 @@ def install(environment: Path, wanted: list[str], torch: list[str], *, allowed: 
         what = ", ".join(f"{name}=={pins[name]}" for name in missing) or "torch"
         raise PeersMissing(
             f"{environment} lacks {what}; install it there, or let --peers-env name a folder "
-            "that does not exist yet"
+            "that does not exist yet, without --skip-install"
         )
     if not Path(python).exists():
         print(f"making the peers' environment in {environment}", flush=True)
