@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from jhessians.errors import ConfigError
-from jhessians.typing import Array, Float
+from jhessians.typing import Array, DTypeLike, Float
 
 ADAM_EPSILON = 1e-8
 ADAFACTOR_EPSILON = 1e-30
@@ -77,7 +77,7 @@ class AdamNormalizer:
             include_bias: Whether there is such a column.
         """
         denominator = _aligned(self.denominator(include_bias=include_bias), gradient)
-        wide = jnp.promote_types(gradient.dtype, denominator.dtype)
+        wide = _at_least_float32(gradient.dtype, denominator.dtype)
         return (gradient.astype(wide) / denominator.astype(wide)).astype(gradient.dtype)
 
     def rows(self, start: int, stop: int) -> "AdamNormalizer":
@@ -168,7 +168,11 @@ Normalizer = AdamNormalizer | AdafactorNormalizer
 def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x` at least in float32, of any array type."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_at_least_float32(x.dtype))
+
+
+def _at_least_float32(*dtypes: jnp.dtype) -> DTypeLike:
+    return jnp.float64 if any(dtype == jnp.float64 for dtype in dtypes) else jnp.float32
 
 
 def _aligned(x: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:
