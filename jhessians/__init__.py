@@ -30,6 +30,9 @@ _HOMES = {
     "fit": "jhessians.fitting",
     "inverse_vector_product": "jhessians.linalg.inverse",
     "load_factors": "jhessians.interop.load",
+    "GradientProcessor": "jhessians.interop.processor",
+    "AdamNormalizer": "jhessians.normalizers",
+    "AdafactorNormalizer": "jhessians.normalizers",
     "make_mesh": "jhessians.mesh",
 }
 

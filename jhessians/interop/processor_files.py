@@ -1,0 +1,158 @@
+"""The torch files of a gradient processor's folder: tables by module, and what they must hold."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jhessians.errors import CheckpointError
+from jhessians.interop import torchfile
+from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
+from jhessians.typing import Array
+
+NORMALIZERS_FILE = "normalizers.pth"
+HESSIANS_FILE = "hessians.pth"
+EIGEN_FILE = "hessians_eigen.pth"
+LEGACY_NAMES = {
+    HESSIANS_FILE: "preconditioners.pth",
+    EIGEN_FILE: "preconditioners_eigen.pth",
+}
+
+Matrix = Float[np.ndarray | Array, "d d"]
+EigenPair = tuple[Float[np.ndarray | Array, " d"], Matrix]
+
+
+def read_hessians(path: Path) -> tuple[dict[str, Matrix], dict[str, EigenPair]]:
+    """Hessians and eigenpairs by module, under the new names or the old ones.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged, or holds something else.
+    """
+    file = _existing(path, HESSIANS_FILE)
+    hessians = _read_table(file, _is_array, "an array")
+    # Folders of the first versions hold no eigenpairs.
+    if file.name != HESSIANS_FILE and not (path / LEGACY_NAMES[EIGEN_FILE]).exists():
+        return hessians, {}
+    pairs = _read_table(_existing(path, EIGEN_FILE), _is_pair, "eigenvalues and eigenvectors")
+    return hessians, pairs
+
+
+def _existing(path: Path, name: str) -> Path:
+    """The file, or the one of the older name."""
+    for file in (path / name, path / LEGACY_NAMES[name]):
+        if file.exists():
+            return file
+    raise CheckpointError(
+        f"{path} has neither {name} nor {LEGACY_NAMES[name]}; expected the folder of an "
+        "autocorrelation Hessian: give another, or make it with bergson or jhessians"
+    )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and (
+        np.issubdtype(value.dtype, np.floating) or value.dtype.name == "bfloat16"
+    )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_array(x) for x in value)
+
+
+def _read_table(file: Path, is_valid: Callable[[Any], bool], expected: str) -> dict[str, Any]:
+    """A torch file's module → value, with the value's kind checked."""
+    if not file.exists():
+        raise CheckpointError(f"{file} does not exist; expected the folder of a gradient processor")
+    table = torchfile.load(file)
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{file} holds a {type(table).__name__}; expected a dict by module")
+    for name, value in table.items():
+        if not isinstance(name, str) or not is_valid(value):
+            raise CheckpointError(
+                f"{file}: {name!r} isn't a module's name with {expected}; restore it or make it "
+                "again"
+            )
+    return dict(table)
+
+
+_KINDS: dict[str, tuple[type[Normalizer], tuple[str, ...]]] = {
+    "AdamNormalizer": (AdamNormalizer, ("weight_avg_sq",)),
+    "AdafactorNormalizer": (AdafactorNormalizer, ("row", "col")),
+}
+
+
+def normalizer_state(normalizer: Normalizer) -> dict[str, Any]:
+    """A normalizer as bergson's file has it: its class by name, and the tensors that it has."""
+    arrays = {each.name: getattr(normalizer, each.name) for each in dataclasses.fields(normalizer)}
+    present = {name: array for name, array in arrays.items() if array is not None}
+    return {"__class__": type(normalizer).__name__, **present}
+
+
+def read_normalizers(path: Path) -> dict[str, Normalizer]:
+    """Normalizers by module; none of them is checked against a model.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or holds something else.
+    """
+    file = path / NORMALIZERS_FILE
+    states = _read_table(file, lambda value: isinstance(value, dict), "a normalizer")
+    return {name: _normalizer(file, name, state) for name, state in states.items()}
+
+
+def _normalizer(file: Path, module: str, state: Mapping[str, Any]) -> Normalizer:
+    arrays = dict(state)
+    kind = arrays.pop("__class__", None)
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise CheckpointError(
+            f"{file}: {module} has a normalizer of class {kind!r}; expected one of "
+            f"{', '.join(_KINDS)}"
+        )
+    if "avg_sq" in arrays:  # its name before there were biases
+        arrays["weight_avg_sq"] = arrays.pop("avg_sq")
+    create, required = _KINDS[kind]
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    fine = set(required) <= set(arrays) <= {*required, "bias_avg_sq"}
+    if not fine or not all(_is_array(array) for array in arrays.values()):
+        raise CheckpointError(
+            f"{file}: the {kind} of {module} has {', '.join(map(str, arrays)) or 'nothing'}; "
+            f"expected the arrays {', '.join(required)} and perhaps bias_avg_sq"
+        )
+    return create(**arrays)
+
+
+def misshapen(
+    normalizers: Mapping[str, Normalizer],
+    hessians: Mapping[str, Matrix],
+    hessians_eigen: Mapping[str, EigenPair],
+) -> str | None:
+    """What is wrong with the arrays' shapes, if anything."""
+    for name, normalizer in normalizers.items():
+        if isinstance(normalizer, AdamNormalizer):
+            shapes = {"weight_avg_sq": (2, normalizer.weight_avg_sq)}
+            outputs = normalizer.weight_avg_sq.shape[:1]
+        else:
+            shapes = {"row": (1, normalizer.row), "col": (1, normalizer.col)}
+            outputs = normalizer.row.shape
+        for kind, (axes, array) in shapes.items():
+            if array.ndim != axes:
+                return f"{kind} of {name} has shape {array.shape}; expected {axes} axes"
+        bias = normalizer.bias_avg_sq
+        if bias is not None and bias.shape != outputs:
+            return f"bias_avg_sq of {name} has shape {bias.shape}; expected {outputs}"
+    for name, matrix in hessians.items():
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            return f"the Hessian of {name} has shape {matrix.shape}; expected a square matrix"
+    for name, (values, vectors) in hessians_eigen.items():
+        d = vectors.shape[0] if vectors.ndim else 0
+        if name in hessians:
+            d = hessians[name].shape[0]
+        elif hessians:
+            return f"there are eigenpairs of {name}, which has no Hessian; expected both"
+        if values.shape != (d,) or vectors.shape != (d, d):
+            return (
+                f"the eigenpairs of {name} have shapes {values.shape} and {vectors.shape}; "
+                f"expected {(d,)} and {(d, d)}"
+            )
+    return None
