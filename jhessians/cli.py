@@ -1,7 +1,7 @@
 """The command line: parse, run one command, and end every failure in one line.
 
 Exit codes: 0 done; 1 an error in the input or the machine; 2 wrong usage or options; 70 a
-fault of jhessians itself; 130 interrupted.
+fault of jhessians itself; 130 interrupted; 128 + N ended by signal N.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from textwrap import wrap
 from typing import NoReturn
 
 from jhessians.config import ComputeConfig
-from jhessians.console import quiet_libraries, report_failure
+from jhessians.console import quiet_libraries, report_failure, unwound_by_signals
 from jhessians.errors import ConfigError
 from jhessians.options import (
     FALSE_WORDS,
@@ -306,7 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         debug = True
 
     try:
-        _dispatch(sys.argv[1:] if arguments is None else list(arguments), on_debug)
+        with unwound_by_signals():
+            _dispatch(sys.argv[1:] if arguments is None else list(arguments), on_debug)
     except BaseException as error:
         if debug:
             traceback.print_exc()

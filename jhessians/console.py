@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from textwrap import shorten
+from types import FrameType
 from typing import TextIO
 
 from jhessians.errors import ConfigError, UserError
@@ -38,6 +41,14 @@ EXIT_FAULT = 70
 EXIT_INTERRUPTED = 130
 
 
+class Terminated(BaseException):
+    """A signal asked the process to end; it unwinds everything, as KeyboardInterrupt does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
 class _OneLineHandler(logging.Handler):
     """Writes `jhessians: warning: ...` to whatever standard error is at that moment.
 
@@ -48,6 +59,51 @@ class _OneLineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level = record.levelname.lower()
         print(f"jhessians: {level}: {one_line(record.getMessage())}", file=sys.stderr)
+
+
+@contextmanager
+def unwound_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind everything as Ctrl-C does, so that no half result stays behind.
+
+    Signals that are ignored, as under nohup, or that a caller handles, are left alone.
+    """
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        if _is_in_callback(frame):
+            # Python drops what is raised there: try again in a moment.
+            timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            timer.daemon = True
+            timer.start()
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise Terminated(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        ends = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+        before = {number: signal.getsignal(number) for number in ends if number is not None}
+    ours = {
+        number: handler
+        for number, handler in before.items()
+        if handler in (signal.SIG_DFL, signal.default_int_handler)
+    }
+    for number in ours:
+        signal.signal(number, unwind)
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
+def _is_in_callback(frame: FrameType | None) -> bool:
+    """Whether garbage collection is what runs: JAX listens to it, and objects have finalizers."""
+    while frame is not None:
+        if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager
@@ -124,6 +180,8 @@ def _describe(error: BaseException) -> tuple[str, int]:
         return str(error), EXIT_INPUT
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
+    if isinstance(error, Terminated):
+        return f"terminated by {error}", error.exit_code
     for cause in _chain(error):
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {cause.filename}" if cause.filename else ""

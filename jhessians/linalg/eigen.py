@@ -72,7 +72,8 @@ def ordered_map(
     """
     items = iter(items)
     waiting: deque[Future[Result]] = deque()
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+    with threadpool_limits(limits=1, user_api="blas"):
+        pool = ThreadPoolExecutor(workers)
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
@@ -81,8 +82,8 @@ def ordered_map(
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            for future in waiting:
-                future.cancel()
+            # An interrupted run does not wait for LAPACK, which cannot be stopped.
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def usable_cores() -> int:
