@@ -23,7 +23,7 @@ from jhessians.linalg.eigen import (
 )
 from jhessians.linalg.symmetric import unpack
 from jhessians.mesh import axis_names, fetch, put_batch
-from jhessians.tape import Fold, Site, Statistics
+from jhessians.tape import Fold, JointFold, Site, Statistics
 from jhessians.traversal import Loss, accumulate, initialize
 from jhessians.typing import Array, DTypeLike, PyTree
 
@@ -57,7 +57,7 @@ class Problem:
 
 
 def run_pass(
-    fold: Fold,
+    fold: Fold | JointFold,
     problem: Problem,
     batches: Iterable[PyTree[np.ndarray]],
     *,
@@ -205,7 +205,7 @@ def eigendecompose_covariances(
     stacks: dict[tuple[str, str], Eigen] = {}
     for matrix, owner, pair in zip(order, owners, solved, strict=True):
         site, kind, slot = matrix
-        values, vectors = _from_owner(pair, owner, matrix.dimension, dtype)
+        values, vectors = from_owner(pair, owner, matrix.dimension, dtype)
         key = (site.name, kind)
         if slot is None:
             stacks[key] = Eigen(values, vectors)
@@ -216,7 +216,7 @@ def eigendecompose_covariances(
         if not pending[key]:
             done = stacks.pop(key)
             bases.values.setdefault(site.name, {})[kind] = done.values
-            rows = _place_rows(done.vectors, problem.mesh)
+            rows = place_rows(done.vectors, problem.mesh, axis=done.vectors.ndim - 2)
             bases.vectors.setdefault(site.name, {})[kind] = rows
         advance()
     return bases
@@ -226,8 +226,15 @@ def _empty_stack(layers: int, *entries: np.ndarray) -> Eigen:
     return Eigen(*(np.empty((layers, *x.shape), x.dtype) for x in entries))
 
 
-def _from_owner(pair: Eigen | None, owner: int, d: int, dtype: np.dtype) -> Eigen:
-    """The owning host's result, on every host."""
+def from_owner(pair: Eigen | None, owner: int, d: int, dtype: np.dtype) -> Eigen:
+    """The result of the host that computed it, on every host.
+
+    Args:
+        pair: The result, on that host.
+        owner: That host.
+        d: Rows of the matrix.
+        dtype: Of the result.
+    """
     if jax.process_count() == 1:
         assert pair is not None
         return pair
@@ -238,14 +245,13 @@ def _from_owner(pair: Eigen | None, owner: int, d: int, dtype: np.dtype) -> Eige
     return Eigen(*(np.asarray(x) for x in shared))
 
 
-def _place_rows(stack: np.ndarray, mesh: Mesh | None) -> Array:
-    """Rows of [layer, row, d] or [row, d] padded and spread over the mesh."""
+def place_rows(array: np.ndarray, mesh: Mesh | None, *, axis: int) -> Array:
+    """An array whose rows, along `axis`, are padded and spread over the mesh."""
     if mesh is None:
-        return jnp.asarray(stack)
-    axis = stack.ndim - 2
-    width = [(0, 0)] * stack.ndim
-    width[axis] = (0, -stack.shape[axis] % mesh.size)
-    padded = np.pad(stack, width)
+        return jnp.asarray(array)
+    width = [(0, 0)] * array.ndim
+    width[axis] = (0, -array.shape[axis] % mesh.size)
+    padded = np.pad(array, width)
     spec = P(*[None] * axis, axis_names(mesh))
     return jax.make_array_from_callback(
         padded.shape, NamedSharding(mesh, spec), lambda index: padded[index]

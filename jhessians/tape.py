@@ -129,12 +129,45 @@ class Fold(Protocol):
         ...
 
 
+@runtime_checkable
+class JointFold(Protocol):
+    """A fold to whose rows, one or more for each document, every linear adds its share.
+
+    Its statistic is one for all linears: a function of the rows that are the sums of all shares,
+    such as their Gram. While a batch is on its way there are only the rows, and only those of the
+    device's own documents.
+
+    Attributes:
+        joint: The statistic's name.
+    """
+
+    joint: str
+
+    def shapes(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """The statistic. Every array has rows, which the mesh shards."""
+        ...
+
+    def row_shapes(self, documents: int, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
+        """The rows of a batch on one device."""
+        ...
+
+    def term(
+        self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
+    ) -> PyTree[Array]:
+        """A linear's share of the rows; arguments as in `Fold.term`."""
+        ...
+
+    def finish_rows(self, rows: PyTree[Array]) -> PyTree[Array]:
+        """What this device's documents add to the statistic."""
+        ...
+
+
 class Tape:
     """One forward pass's running statistics; lives only while the pass is traced."""
 
     def __init__(
         self,
-        fold: Fold,
+        fold: Fold | JointFold,
         sites: Mapping[str, Site],
         statistics: Statistics,
         operands: Mapping[str, Mapping[str, Any]],
@@ -158,10 +191,10 @@ class Tape:
         if site is None:
             return x @ kernel
         operands = {**self.operands.get(site.input_site, {}), **self.operands.get(site.name, {})}
-        y, self.statistics[site.name] = _tap(
-            self.fold, site, x, kernel, self.statistics[site.name], operands, self.context,
-            self.layer,
-        )  # fmt: skip
+        key = self.fold.joint if isinstance(self.fold, JointFold) else site.name
+        y, self.statistics[key] = _tap(
+            self.fold, site, x, kernel, self.statistics[key], operands, self.context, self.layer
+        )
         return y
 
     def gather_weights(self, module: nnx.Module) -> None:
@@ -251,19 +284,30 @@ def _as_documents(x: Array) -> Array:
 
 def _add_term(fold, site, a, g, statistics, operands, context, slot):
     """`statistics` plus the fold's term, added in the rows that this device keeps."""
-    if slot is None:
-        term = fold.term(site, a, g, operands, context)
-        add_to = lambda total, x: total + x  # noqa: E731
-    else:
-        here = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, slot, keepdims=False), operands)
-        term = fold.term(site, a, g, here, context)
-        add_to = lambda total, x: total.at[slot].add(x)  # noqa: E731
+    if slot is not None:
+        take = lambda x: lax.dynamic_index_in_dim(x, slot, keepdims=False)  # noqa: E731
+        operands = jax.tree.map(take, operands)
+    term = fold.term(site, a, g, operands, context)
+    if isinstance(fold, JointFold):  # rows of this device's documents, no sums
+        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), statistics, term)
+    return add_scattered(statistics, term, context, slot)
 
-    def weighted(x: Array) -> Array:
-        return x if context.weight == 1 else x * context.weight
 
-    return jax.tree.map(
-        lambda total, x: add_to(total, context.scatter_rows(weighted(x.astype(total.dtype)))),
-        statistics,
-        term,
-    )
+def add_scattered(
+    statistics: PyTree[Array], term: PyTree[Array], context: Context, slot: Array | None = None
+) -> PyTree[Array]:
+    """`statistics` plus the sum of `term` over devices, in the rows that this device keeps.
+
+    Args:
+        statistics: Running sums.
+        term: This device's.
+        context: Mesh and weight.
+        slot: The layer, where `statistics` has a leading layer axis.
+    """
+
+    def add(total: Array, x: Array) -> Array:
+        x = x.astype(total.dtype)
+        rows = context.scatter_rows(x if context.weight == 1 else x * context.weight)
+        return total + rows if slot is None else total.at[slot].add(rows)
+
+    return jax.tree.map(add, statistics, term)

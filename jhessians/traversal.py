@@ -9,6 +9,7 @@ Everything here is a pure function of pytrees that can stand inside a caller's o
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jhessians.mesh import axis_names, parameter_specs
-from jhessians.tape import Context, Fold, Site, Statistics, Tape, Tapped, attach, gather_weights
+from jhessians.tape import (
+    Context,
+    Fold,
+    JointFold,
+    Site,
+    Statistics,
+    Tape,
+    Tapped,
+    add_scattered,
+    attach,
+    gather_weights,
+)
 from jhessians.typing import Array, Bool, DTypeLike, Float, PyTree
 
 Loss = Callable[[Any, Any], Float[Array, ""]]
@@ -116,7 +128,7 @@ class _Listener(Tape):
 
 
 def initialize(
-    fold: Fold,
+    fold: Fold | JointFold,
     sites: Mapping[str, Site],
     *,
     dtype: DTypeLike = jnp.float32,
@@ -125,15 +137,19 @@ def initialize(
     """Sums of nothing: zeros for every site, their rows padded and sharded over `mesh`."""
     context = _context(mesh)
 
-    def zeros(site: Site, shape: jax.ShapeDtypeStruct) -> Array:
-        layers = () if site.layers is None else (len(site.layers),)
+    def zeros(site: Site | None, shape: jax.ShapeDtypeStruct) -> Array:
+        layers = () if site is None or site.layers is None else (len(site.layers),)
         rows = context.padded(shape.shape[0])
         return jnp.zeros((*layers, rows, *shape.shape[1:]), dtype)
 
-    statistics = lambda: {  # noqa: E731
-        name: jax.tree.map(lambda shape, site=site: zeros(site, shape), fold.shapes(site))
-        for name, site in sites.items()
-    }
+    def statistics() -> Statistics:
+        if isinstance(fold, JointFold):
+            return {fold.joint: jax.tree.map(partial(zeros, None), fold.shapes())}
+        return {
+            name: jax.tree.map(partial(zeros, site), fold.shapes(site))
+            for name, site in sites.items()
+        }
+
     if mesh is None:
         return statistics()
     shardings = row_shardings(sites, jax.eval_shape(statistics), mesh)
@@ -141,7 +157,7 @@ def initialize(
 
 
 def accumulate(
-    fold: Fold,
+    fold: Fold | JointFold,
     loss: Loss,
     model: nnx.Module,
     batch: PyTree,
@@ -173,8 +189,10 @@ def accumulate(
         The new statistics, and the batch's loss.
 
     Raises:
-        ValueError: If `loss` returns another number of losses.
+        ValueError: If `loss` returns another number of losses, or a joint fold gets no mask.
     """
+    if isinstance(fold, JointFold) and mask is None:
+        raise ValueError(f"{fold.joint} rows need the mask of the positions that count")
     context = replace(_context(mesh), weight=1 / draws)
     graph, state = nnx.split(model)
 
@@ -187,13 +205,23 @@ def accumulate(
             value = loss(copy, batch)
             return value, tape.statistics
 
+        # What goes through the linears and back: the running sums, or the rows of a joint fold.
+        threaded = statistics
+        if isinstance(fold, JointFold):
+            threaded = {fold.joint: fold.row_shapes(*mask.shape)}
         # The zeros are never read: only their cotangent, the running sum, exists in memory.
-        (value, _), pullback = jax.vjp(forward, jax.tree.map(jnp.zeros_like, statistics))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), threaded)
+        (value, _), pullback = jax.vjp(forward, zeros)
         if value.size != draws:
             raise ValueError(f"the loss has shape {value.shape}; expected {draws} losses")
 
         def backward(statistics, draw):
-            (statistics,) = pullback((draw.reshape(value.shape), statistics))
+            draw = draw.reshape(value.shape)
+            if isinstance(fold, JointFold):
+                (rows,) = pullback((draw, zeros))
+                term = {fold.joint: fold.finish_rows(rows[fold.joint])}
+                return add_scattered(statistics, term, context), None
+            (statistics,) = pullback((draw, statistics))
             return statistics, None
 
         # One backward pass for each loss of a vector of them, all from one forward pass.
@@ -228,11 +256,12 @@ def accumulate(
 def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree[P]:
     """How statistics and operands lie on the mesh: by rows, behind a stack's layer axis."""
     rows = axis_names(mesh)
-    return {
-        name: jax.tree.map(lambda _, s=sites[name]: P(rows) if s.layers is None else P(None, rows),
-                           tree)
-        for name, tree in arrays.items()
-    }  # fmt: skip
+
+    def specs(name: str, tree: PyTree) -> PyTree[P]:
+        stacked = name in sites and sites[name].layers is not None
+        return jax.tree.map(lambda _: P(None, rows) if stacked else P(rows), tree)
+
+    return {name: specs(name, tree) for name, tree in arrays.items()}
 
 
 def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree:

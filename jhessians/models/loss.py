@@ -28,8 +28,9 @@ class NextTokenLoss:
         labels: `dataset` for the empirical Fisher; `sampled` draws every label from the model's
             own distribution, which gives the true Fisher in expectation. Only positions with a
             data-set label get one either way.
-        reduction: `sum`, or `mean`: the gradient divided by the square root of the document's
-            labelled positions, since a curvature is quadratic in it.
+        reduction: `sum`; `mean`, which divides the gradient by the square root of the document's
+            labelled positions, since a curvature is quadratic in it; or `mean_gradient`, which
+            divides it by their number, where the gradient itself is wanted.
         seed: Of the draws. A label depends on (seed, document, position) and on nothing else.
         draws: K, labels sampled per position from one forward pass. The loss is then a vector of
             K, over which statistics are averaged: the Fisher's variance falls as 1 / K.
@@ -39,7 +40,7 @@ class NextTokenLoss:
     """
 
     labels: Literal["dataset", "sampled"] = "sampled"
-    reduction: Literal["sum", "mean"] = "sum"
+    reduction: Literal["sum", "mean", "mean_gradient"] = "sum"
     seed: int = 0
     draws: int = 1
     function: Literal["cross_entropy", "log_odds"] = "cross_entropy"
@@ -53,8 +54,9 @@ class NextTokenLoss:
         targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=NO_LABEL)
         labelled = targets != NO_LABEL
         weights = labelled.astype(at_least_float32(hidden.dtype))
-        if self.reduction == "mean":
-            weights /= jnp.sqrt(jnp.maximum(weights.sum(1, keepdims=True), 1))
+        count = jnp.maximum(weights.sum(1, keepdims=True), 1)
+        if self.reduction != "sum":
+            weights /= jnp.sqrt(count) if self.reduction == "mean" else count
         position = jnp.broadcast_to(jnp.arange(s)[None], (n, s))
         document = jnp.broadcast_to(batch.document[:, None], (n, s))
 

@@ -1,0 +1,109 @@
+"""Autocorrelation Hessians: the Gram Σ_n row_nᵀ row_n of documents' (or tokens') gradient rows.
+
+Divided by the number of documents (or of tokens) it is the mean outer product of a module's
+gradient, after a normalizer and a random projection (`jhessians.folds.rows`): TRAK's kernel, Park
+et al. 2023, arXiv:2303.14186; TrackStar's, Chang et al. 2024, arXiv:2410.17413.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jhessians.folds.rows import GradientRows
+from jhessians.tape import Context, Site
+from jhessians.typing import Array, Float, PyTree, UInt32
+
+
+@dataclass(frozen=True)
+class Gram:
+    """One Gram per module, or per head of those that are split: [heads · d, d].
+
+    Attributes:
+        rows: How rows are made; operands are as it says.
+    """
+
+    rows: GradientRows
+
+    def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
+        d = self.rows.unit_size(site)
+        return jax.ShapeDtypeStruct((self.rows.head_count(site) * d, d), self.rows.dtype)
+
+    def term(
+        self,
+        site: Site,
+        a: Float[Array, "n s i"],
+        g: Float[Array, "n s o"],
+        operands: Mapping[str, Any],
+        context: Context,
+    ) -> PyTree[Array]:
+        u, v, factor = self.rows.factors(site, a, g, operands, context)
+        keys = self.rows.unit_keys(site, operands, context, count=2)
+        grams = jax.vmap(self._of_unit, in_axes=(0, None, 0, 0))(u, v, factor, keys)
+        return grams.reshape(-1, grams.shape[-1])
+
+    def _of_unit(
+        self,
+        u: Float[Array, "n s t o"],
+        v: Float[Array, "n s t i"],
+        factor: Float[Array, "o i"] | None,
+        keys: UInt32[Array, "2 2"] | None,
+    ) -> Float[Array, "d d"]:
+        if not self.rows.tokens:
+            return _gram(self.rows.of_unit(u, v, factor, keys))
+        d = jax.eval_shape(self.rows.of_unit, u, v, factor, keys).shape[-1]
+
+        # The rows of one document at a time: those of all tokens may be large.
+        def add(total: Array, document: tuple[Array, Array]) -> tuple[Array, None]:
+            one_u, one_v = document
+            rows = self.rows.of_unit(one_u[None], one_v[None], factor, keys)
+            return total + _gram(rows[0]), None
+
+        return lax.scan(add, jnp.zeros((d, d), self.rows.dtype), (u, v))[0]
+
+
+@dataclass(frozen=True)
+class JointGram:
+    """One Gram [p, p] for all modules, whose projections are summed into one row per document.
+
+    Attributes:
+        rows: How rows are made; its projection is of the global target.
+    """
+
+    rows: GradientRows
+    joint = "joint"
+
+    def shapes(self) -> PyTree[jax.ShapeDtypeStruct]:
+        assert self.rows.projection is not None
+        p = self.rows.projection.dimension
+        return jax.ShapeDtypeStruct((p, p), self.rows.dtype)
+
+    def row_shapes(self, documents: int, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
+        assert self.rows.projection is not None
+        shape = (documents, *([positions] if self.rows.tokens else []),
+                 self.rows.projection.dimension)  # fmt: skip
+        return jax.ShapeDtypeStruct(shape, self.rows.dtype)
+
+    def term(
+        self,
+        site: Site,
+        a: Float[Array, "n s i"],
+        g: Float[Array, "n s o"],
+        operands: Mapping[str, Any],
+        context: Context,
+    ) -> PyTree[Array]:
+        u, v, factor = self.rows.factors(site, a, g, operands, context)
+        blocks = len(self.rows.global_keys(site, "")) // self.rows.head_count(site)
+        keys = self.rows.unit_keys(site, operands, context, count=blocks)
+        shares = jax.vmap(self.rows.global_share, in_axes=(0, None, 0, 0))(u, v, factor, keys)
+        return shares.sum(0)
+
+    def finish_rows(self, rows: Float[Array, "n *s p"]) -> PyTree[Array]:
+        return _gram(rows.reshape(-1, rows.shape[-1]))
+
+
+def _gram(rows: Float[Array, "n d"]) -> Float[Array, "d d"]:
+    return rows.T @ rows

@@ -1,0 +1,211 @@
+"""A document's or a token's gradient as a row: scaled by a normalizer, projected, flattened.
+
+G = Σ g aᵀ over a document's positions, [out, in], with the bias's column last where it counts.
+Its row is vec(L G Rᵀ), [p · p], where L [p, out] and R [p, in] are matrices of the module's name
+(`jhessians.linalg.projection`); or vec(G) without a projection; or, for the global target, the
+module's share of one row of p numbers to which all modules add. Adam scales entries of G, which is
+formed first; Adafactor scales g and a.
+
+A module may be split into attention heads: slices of g, each with matrices of its own name
+"<module>.head_<h>". As in torch bergson, the heads of a module share its right matrix, unless
+there is a bias's column or an Adam normalizer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jhessians.folds.covariance import masked, with_ones
+from jhessians.linalg.projection import Projection, Role, project_global
+from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
+from jhessians.tape import Context, Site
+from jhessians.typing import Array, DTypeLike, Float, UInt32
+
+TOKENS_AT_ONCE = 16  # of which Adam's dense scaling is computed together
+
+
+class Factors(NamedTuple):
+    """Scaled gradients as sums of outer products over `t`, and what multiplies their entries.
+
+    Attributes:
+        u: [head, document, position, t, out], out those of a head.
+        v: [document, position, t, in].
+        factor: [head, out, in], or None for ones.
+    """
+
+    u: Float[Array, "h n s t o"]
+    v: Float[Array, "n s t i"]
+    factor: Float[Array, "h o i"] | None
+
+
+@dataclass(frozen=True)
+class GradientRows:
+    """How rows are made. Operands of a site: `operands`' `keys`, and perhaps a `normalizer`.
+
+    Attributes:
+        projection: The random matrices; None for whole gradients.
+        tokens: Whether a row is a position's gradient instead of a document's.
+        split: Names of the sites that are split into heads.
+        heads: How many heads each of them has.
+        dtype: In which to compute.
+    """
+
+    projection: Projection | None = None
+    tokens: bool = False
+    split: tuple[str, ...] = ()
+    heads: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    def head_count(self, site: Site) -> int:
+        return self.heads if site.name in self.split else 1
+
+    def unit_names(self, site: Site, module: str) -> list[str]:
+        """What a module's Hessians are called: its own name, or one for each head."""
+        if site.name not in self.split:
+            return [module]
+        return [f"{module}.head_{head}" for head in range(self.heads)]
+
+    def unit_size(self, site: Site) -> int:
+        """Numbers in a row."""
+        if self.projection is None:
+            return site.out_features // self.head_count(site) * site.inputs
+        return self.projection.dimension**2
+
+    def matrix_keys(
+        self, site: Site, module: str, normalizer: Normalizer | None
+    ) -> UInt32[np.ndarray, "k 2"]:
+        """Keys of a module's matrices: of every head its left one, then its right one."""
+        assert self.projection is not None
+        shares_right = not site.ones and not isinstance(normalizer, AdamNormalizer)
+        roles: list[tuple[str, Role]] = []
+        for unit in self.unit_names(site, module):
+            roles += [(unit, "left"), (module if shares_right else unit, "right")]
+        return np.stack([self.projection.key(*role) for role in roles])
+
+    def global_keys(self, site: Site, module: str) -> UInt32[np.ndarray, "k 2"]:
+        """Keys of a module's part of the global matrix: of every head, of all blocks."""
+        assert self.projection is not None
+        columns = site.out_features // self.head_count(site) * site.inputs
+        units = self.unit_names(site, module)
+        return np.concatenate([self.projection.global_keys(unit, columns) for unit in units])
+
+    def factors(
+        self,
+        site: Site,
+        a: Float[Array, "n s i"],
+        g: Float[Array, "n s o"],
+        operands: Mapping[str, Any],
+        context: Context,
+    ) -> Factors:
+        """A site's gradients, scaled, of every head (a module that isn't split is one)."""
+        heads = self.head_count(site)
+        a = a.astype(self.dtype)
+        g = masked(g, context).astype(self.dtype)  # a need not be masked as well
+        g = jnp.moveaxis(g.reshape(*g.shape[:2], heads, -1), 2, 0)
+        normalizer = self._normalizer(site, operands, context)
+        if normalizer is None:
+            return Factors(g[:, :, :, None], with_ones(a, site)[:, :, None], None)
+        if isinstance(normalizer, AdamNormalizer):
+            factor = (1 / normalizer.denominator(include_bias=site.ones)).astype(self.dtype)
+            return Factors(g[:, :, :, None], with_ones(a, site)[:, :, None], factor)
+        u = g * normalizer.g_factor().astype(self.dtype)[:, None, None]
+        v = a * normalizer.a_factor()[0].astype(self.dtype)[None, None]
+        if not site.ones:
+            return Factors(u[:, :, :, None], v[:, :, None], None)
+        # The bias's column has a scale of its own, hence a second outer product.
+        of_bias = g * normalizer.bias_factor().astype(self.dtype)[:, None, None]
+        v = jnp.pad(v, ((0, 0), (0, 0), (0, 1)))
+        column = jnp.zeros_like(v).at[:, :, -1].set(1)
+        return Factors(jnp.stack([u, of_bias], 3), jnp.stack([v, column], 2), None)
+
+    def of_unit(
+        self,
+        u: Float[Array, "n s t o"],
+        v: Float[Array, "n s t i"],
+        factor: Float[Array, "o i"] | None,
+        keys: UInt32[Array, "2 2"] | None,
+    ) -> Float[Array, "n *s d"]:
+        """Rows of one head, or of a module that isn't split.
+
+        Args:
+            u, v, factor: That head's `Factors`.
+            keys: Of its left and its right matrix; None without a projection.
+
+        Returns:
+            [document, d], or [document, position, d] with `tokens`.
+        """
+        if self.projection is None or keys is None:
+            rows = _outer(u, v, tokens=self.tokens)
+            if factor is not None:
+                rows *= factor.reshape((1,) * (rows.ndim - 2) + factor.shape)
+            return rows.reshape(*rows.shape[:-2], -1)
+        left = self.projection.matrix(keys[0], u.shape[-1], self.dtype)
+        right = self.projection.matrix(keys[1], v.shape[-1], self.dtype)
+        if factor is None:
+            rows = _outer(u @ left.T, v @ right.T, tokens=self.tokens)
+        elif self.tokens:
+            n, s = u.shape[:2]
+            rows = lax.map(
+                lambda uv: jnp.einsum("po,to,oi,ti,qi->pq", left, uv[0], factor, uv[1], right),
+                (u.reshape(n * s, *u.shape[2:]), v.reshape(n * s, *v.shape[2:])),
+                batch_size=TOKENS_AT_ONCE,
+            ).reshape(n, s, self.projection.dimension, -1)
+        else:
+            # One document at a time: [out, in] is the largest array there is.
+            rows = lax.map(
+                lambda uv: left @ (jnp.einsum("sto,sti->oi", *uv) * factor) @ right.T, (u, v)
+            )
+        return rows.reshape(*rows.shape[:-2], -1)
+
+    def global_share(
+        self,
+        u: Float[Array, "n s t o"],
+        v: Float[Array, "n s t i"],
+        factor: Float[Array, "o i"] | None,
+        keys: UInt32[Array, "blocks 2"],
+    ) -> Float[Array, "n *s p"]:
+        """What one head, or module, adds to the rows of the global target."""
+        assert self.projection is not None
+        return project_global(self.projection, keys, u, v, factor=factor, tokens=self.tokens)
+
+    def unit_keys(
+        self, site: Site, operands: Mapping[str, Any], context: Context, count: int
+    ) -> UInt32[Array, "h k 2"] | None:
+        """The keys among a site's operands, `count` for each head."""
+        if self.projection is None:
+            return None
+        heads = self.head_count(site)
+        return context.gather_rows(operands["keys"], heads * count).reshape(heads, count, 2)
+
+    def _normalizer(
+        self, site: Site, operands: Mapping[str, Any], context: Context
+    ) -> Normalizer | None:
+        """The site's normalizer, gathered, with a leading axis of heads."""
+        normalizer = operands.get("normalizer")
+        if normalizer is None:
+            return None
+        heads = self.head_count(site)
+
+        def outputs(x: Array | None) -> Array | None:
+            if x is None:
+                return None
+            whole = context.gather_rows(x, site.out_features)
+            return whole.reshape(heads, -1, *whole.shape[1:])
+
+        bias = outputs(normalizer.bias_avg_sq)
+        if isinstance(normalizer, AdamNormalizer):
+            return AdamNormalizer(outputs(normalizer.weight_avg_sq), bias)
+        columns = context.gather_rows(normalizer.col, site.in_features)
+        columns = jnp.broadcast_to(columns[None], (heads, *columns.shape))
+        return AdafactorNormalizer(outputs(normalizer.row), columns, bias)
+
+
+def _outer(
+    u: Float[Array, "n s t o"], v: Float[Array, "n s t i"], *, tokens: bool
+) -> Float[Array, "n *s o i"]:
+    """Σ u vᵀ over terms, and over positions unless these are rows."""
+    return jnp.einsum("nsto,nsti->nsoi" if tokens else "nsto,nsti->noi", u, v)
