@@ -1,0 +1,20 @@
+"""The embedded demo: a small checkpoint, its training documents, and questions with known sources.
+
+README.md beside this file says what is in them; `examples/train_demo.py` made them all.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+_FOLDER = Path(str(files(__name__)))
+
+MODEL = _FOLDER / "model"
+"""A Llama-type checkpoint with its tokenizer, in Hugging Face's format."""
+
+DATASET = _FOLDER / "facts.jsonl"
+"""The documents that it was trained on, in the column `text`, and which fact each states."""
+
+QUESTIONS = _FOLDER / "questions.jsonl"
+"""Prompts, completions, and the rows of `DATASET` that support each answer."""
+
+__all__ = ["DATASET", "MODEL", "QUESTIONS"]
