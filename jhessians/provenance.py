@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -81,16 +81,6 @@ def config_document(
         "jhessians": {"compute": config.resolved_dict()},
         "metadata": run_metadata(devices),
     }
-
-
-def write_config(folder: str | Path, document: Mapping[str, Any]) -> Path:
-    """Write `document` as config.yaml into `folder`, which exists, and return its path."""
-    import yaml
-
-    path = Path(folder) / CONFIG_FILE
-    text = yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def read_options(path: str | Path) -> dict[str, Any]:

@@ -70,7 +70,6 @@ class RunDirectory:
 
     def __enter__(self) -> Path:
         if not self.writer:
-            self._check_free()
             return self.part
         try:
             self._check_free()
@@ -143,31 +142,6 @@ class RunDirectory:
             # The new result stands; failing to delete the old one must not fail the run.
             _remove(parking / self.path.name, ignore_errors=True)
             shutil.rmtree(parking, ignore_errors=True)
-
-
-def tree_sizes(root: str | Path) -> list[tuple[str, int, int]]:
-    """(relative folder, files, bytes) of every folder under `root` that holds files, sorted.
-
-    A folder's bytes are those of the files directly in it, each file once. Two folders that
-    share files by hard links both count them; `disk_bytes` counts each file once.
-    """
-    rows = []
-    for folder, _, names in sorted(os.walk(root)):
-        stats = [os.lstat(os.path.join(folder, name)) for name in names]
-        if stats:
-            unique = {(s.st_dev, s.st_ino): s.st_size for s in stats}
-            rows.append((os.path.relpath(folder, root), len(stats), sum(unique.values())))
-    return rows
-
-
-def disk_bytes(root: str | Path) -> int:
-    """Bytes of all files under `root`, a hard-linked file counted once."""
-    unique = {}
-    for folder, _, names in os.walk(root):
-        for name in names:
-            stat = os.lstat(os.path.join(folder, name))
-            unique[stat.st_dev, stat.st_ino] = stat.st_size
-    return sum(unique.values())
 
 
 def _remove(path: Path, *, ignore_errors: bool = False) -> None:

@@ -20,8 +20,9 @@ from jhessians.errors import (
     NumericsError,
     OutputError,
 )
+from jhessians.interop.export import write_config
 from jhessians.options import options_of
-from jhessians.provenance import config_document, write_config
+from jhessians.provenance import config_document
 from jhessians.report.summary import Summary
 
 SUMMARY = Summary(
@@ -345,7 +346,8 @@ def test_replay(tmp_path, pipeline):
     first = ComputeConfig(
         run_path="runs/first", model="m", dataset="d", seed=5, modules=("a", "b"), overwrite=True
     )
-    write_config(tmp_path, config_document(first, model="m", dataset="d", shards=1))
+    document = config_document(first, model="m", dataset="d", shards=1)
+    write_config(tmp_path, document, {})
     assert main(["compute", "--config", str(tmp_path / "config.yaml")]) == 0
     assert main(["compute", "runs/second", "--config", str(tmp_path), "--seed", "6"]) == 0
     replayed, changed = pipeline.calls

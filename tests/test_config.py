@@ -7,8 +7,9 @@ import yaml
 
 from jhessians.config import METHODS, ComputeConfig
 from jhessians.errors import ConfigError
+from jhessians.interop.export import write_config
 from jhessians.options import markdown_table, options_of
-from jhessians.provenance import config_document, to_bergson_dict, write_config
+from jhessians.provenance import CONFIG_FILE, config_document, to_bergson_dict
 
 REAL = {"model": "org/model", "dataset": "docs.jsonl"}
 
@@ -52,7 +53,8 @@ CHANGED = ComputeConfig(
 
 def written(tmp_path, config, **more):
     arguments = {"model": "org/model", "dataset": "docs.jsonl", "shards": 3} | more
-    return write_config(tmp_path, config_document(config, **arguments))
+    write_config(tmp_path, config_document(config, **arguments), {}, layout="bergson")
+    return tmp_path / CONFIG_FILE
 
 
 def test_changed_config_changes_everything_it_can():

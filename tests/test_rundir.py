@@ -8,7 +8,7 @@ import pytest
 
 from jhessians import rundir
 from jhessians.errors import OutputError
-from jhessians.rundir import RunDirectory, disk_bytes, tree_sizes
+from jhessians.rundir import RunDirectory
 
 
 def names(folder):
@@ -183,14 +183,3 @@ def test_a_process_that_does_not_write_touches_nothing(tmp_path):
 def test_the_root_is_no_run_directory():
     with pytest.raises(OutputError, match="give a new folder"):
         RunDirectory("/")
-
-
-def test_sizes_count_a_shared_file_in_each_folder_but_once_on_disk(tmp_path):
-    for folder in ("a", "b/c"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "a" / "x").write_bytes(b"12345")
-    (tmp_path / "a" / "same").hardlink_to(tmp_path / "a" / "x")
-    (tmp_path / "b" / "c" / "x").hardlink_to(tmp_path / "a" / "x")
-    (tmp_path / "top").write_bytes(b"1")
-    assert tree_sizes(tmp_path) == [(".", 1, 1), ("a", 2, 5), ("b/c", 1, 5)]
-    assert disk_bytes(tmp_path) == 6
