@@ -56,9 +56,10 @@ def decoder_config(config: Any) -> DecoderConfig:
     family = family_of(config)
     check_neutral(family, config)
     ours = family.config(config)
-    if ours.heads % ours.key_value_heads:
+    heads, shared = ours.attention.heads, ours.attention.key_value_heads
+    if heads % shared:
         raise CheckpointError(
-            f"config.json shares num_key_value_heads {ours.key_value_heads} among {ours.heads} "
+            f"config.json shares num_key_value_heads {shared} among {heads} "
             "heads; expected a divisor of the heads"
         )
     return ours
@@ -135,4 +136,5 @@ def _family(model_type: Any, where: Any) -> Family:
 
 
 for _module in (gpt2, gpt_neox, llama):
-    register(_module.FAMILY)
+    for _one in _module.FAMILIES:
+        register(_one)

@@ -18,6 +18,10 @@ _SETTINGS: dict[str, frozenset[str]] = {
     "llama3": frozenset(
         {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}
     ),
+    "longrope": frozenset(
+        {"factor", "original_max_position_embeddings", "attention_factor", "short_factor",
+         "long_factor"}
+    ),
     "yarn": frozenset(
         {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
          "beta_slow", "mscale", "mscale_all_dim", "truncate"}
@@ -28,18 +32,29 @@ _ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _OPTIONAL = {"attn_factor": (1, None), "finetuned": (True, False, None)}
 
 
-def rope_config(config: Any, head_size: int, *, partial: bool = False) -> RopeConfig:
-    """The rotary positions of a model all of whose layers share them.
+def rope_config(
+    config: Any,
+    head_size: int,
+    *,
+    partial: bool = False,
+    interleaved: bool = False,
+    layer_type: str | None = None,
+) -> RopeConfig:
+    """The rotary positions of a model's layers.
 
     Args:
         config: transformers' config.
         head_size: Features per head.
         partial: Whether the architecture can rotate only the first features of a head.
+        interleaved: Whether it rotates pairs of neighbours.
+        layer_type: Of the layers that are meant, where a config has settings for each type.
 
     Raises:
         CheckpointError: If the kind is unknown, or a setting is missing, unknown or senseless.
     """
     given: Mapping[str, Any] = config.rope_parameters or {}
+    if layer_type is not None:
+        given = given.get(layer_type) or {}
     kind = given.get("rope_type", "default")
     if kind not in _SETTINGS:
         raise CheckpointError(
@@ -73,28 +88,38 @@ def rope_config(config: Any, head_size: int, *, partial: bool = False) -> RopeCo
     if kind == "dynamic" and dimensions < 4:
         raise CheckpointError(f"rope_type 'dynamic' rotates {dimensions} features; expected 4 on")
     theta = number("rope_theta", 10000.0)
-    factor = 1.0 if kind == "default" else number("factor")
     original = config.max_position_embeddings
-    if kind in ("llama3", "yarn"):
+    if kind in ("llama3", "yarn", "longrope"):
         original = number("original_max_position_embeddings", original)
+    if kind == "default":
+        factor = 1.0
+    else:
+        # longrope's factor may be left to the two contexts' ratio.
+        ratio = config.max_position_embeddings / original if kind == "longrope" else None
+        factor = number("factor", ratio)
+    if kind == "longrope":
+        return RopeConfig(
+            dimensions, theta, kind, factor, int(original),
+            short_factors=_wavelength_factors(given, "short_factor", dimensions),
+            long_factors=_wavelength_factors(given, "long_factor", dimensions),
+            scale=_longrope_scale(given, factor, original),
+            interleaved=interleaved,
+        )  # fmt: skip
     if kind != "yarn":
         return RopeConfig(
             dimensions, theta, kind, factor, int(original),
+            interleaved=interleaved,
             low_frequency_factor=number("low_freq_factor", 1.0),
             high_frequency_factor=number("high_freq_factor", 4.0),
         )  # fmt: skip
     return RopeConfig(
         dimensions, theta, kind, factor, int(original),
+        interleaved=interleaved,
         beta_fast=number("beta_fast", 32.0),
         beta_slow=number("beta_slow", 1.0),
         truncate=bool(given.get("truncate", True)),
         scale=_yarn_scale(given, factor),
     )  # fmt: skip
-
-
-def longest_document(config: Any, rope: RopeConfig) -> int:
-    """Positions for which a model is meant: its context, or that stretched by its rope."""
-    return max(config.max_position_embeddings, int(rope.original_positions * rope.factor))
 
 
 def _yarn_scale(given: Mapping[str, Any], factor: float) -> float:
@@ -108,3 +133,22 @@ def _yarn_scale(given: Mapping[str, Any], factor: float) -> float:
     if given.get("mscale") and given.get("mscale_all_dim"):
         return temperature(given["mscale"]) / temperature(given["mscale_all_dim"])
     return temperature(1.0)
+
+
+def _longrope_scale(given: Mapping[str, Any], factor: float, original: float) -> float:
+    """Factor on cosine and sine, as LongRoPE's paper recommends unless the config gives it."""
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def _wavelength_factors(given: Mapping[str, Any], name: str, dimensions: int) -> tuple[float, ...]:
+    """A list of longrope's, one factor for each pair of features."""
+    values = given.get(name)
+    if not isinstance(values, list | tuple) or len(values) != dimensions // 2:
+        length = len(values) if isinstance(values, list | tuple) else values
+        raise CheckpointError(
+            f"config.json gives {length} values of {name} for rope_type 'longrope'; "
+            f"expected a list of {dimensions // 2}"
+        )
+    return tuple(float(value) for value in values)

@@ -84,6 +84,8 @@ class Family:
         renamed: Other names that tensors have in some checkpoints: pattern and replacement.
         ignored: Patterns of full names of tensors that carry no weights.
         reads: Settings of `converters.settings.NEUTRAL` that `config` looks at itself.
+        title: What people call its models, for the README's table.
+        checked: What the tests compare beside what they compare for every family, likewise.
     """
 
     model_type: str
@@ -94,6 +96,8 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     reads: frozenset[str] = frozenset()
+    title: str = ""
+    checked: str = ""
 
 
 @dataclass(frozen=True)

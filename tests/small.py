@@ -9,7 +9,13 @@ from flax import nnx
 
 from jhessians.data.batching import Batch, iterate_batches, plan_batches
 from jhessians.data.documents import Documents
-from jhessians.models.config import DecoderConfig, RopeConfig
+from jhessians.models.config import (
+    AttentionConfig,
+    DecoderConfig,
+    MLPConfig,
+    NormConfig,
+    RopeConfig,
+)
 from jhessians.models.decoder import Decoder
 
 
@@ -35,41 +41,51 @@ def fill(create: Callable[[], nnx.Module], seed: int = 0) -> nnx.Module:
 
 
 def decoder(seed: int = 0, **changes) -> Decoder:
-    """A decoder of GPT-NeoX's kind, 2 layers and 4 linears each, unless `changes` say otherwise."""
+    """A decoder of GPT-NeoX's kind, 2 layers and 4 linears each, unless `changes` say otherwise.
+
+    Args:
+        seed: Of the parameters.
+        changes: Fields of `DecoderConfig`, or one of `SIZES`; `attention` and `mlp` are dicts of
+            their parts' fields.
+    """
+    sizes = {"hidden_size": 16, "heads": 2, "head_size": 8, "mlp_size": 24} | {
+        name: changes.pop(name) for name in SIZES & changes.keys()
+    }
+    attention = AttentionConfig(
+        **{
+            "heads": sizes["heads"],
+            "key_value_heads": sizes.get("key_value_heads", sizes["heads"]),
+            "head_size": sizes["head_size"],
+            "fused": "groups",
+            "bias": True,
+            "output_bias": True,
+            "ropes": (RopeConfig(8),),
+        }
+        | changes.pop("attention", {})
+    )
+    mlp = {"activation": "gelu", "kind": "plain", "bias": True} | changes.pop("mlp", {})
     settings = {
         "family": "gpt_neox",
         "vocabulary_size": 53,
-        "hidden_size": 16,
         "layers": 2,
-        "heads": 2,
-        "key_value_heads": 2,
-        "head_size": 8,
-        "mlp_size": 24,
         "positions": 64,
-        "norm": "layer",
-        "norm_epsilon": 1e-5,
-        "activation": "gelu",
-        "gated_mlp": False,
-        "fused_qkv": "head",
-        "attention_bias": True,
-        "output_bias": True,
-        "mlp_bias": True,
-        "rope": RopeConfig(8),
+        "norm": NormConfig("layer", 1e-5, bias=True),
+        "hidden_size": sizes["hidden_size"],
+        "attention": attention,
+        "mlp": MLPConfig(sizes["mlp_size"], **mlp),
     }
     config = DecoderConfig(**settings | changes)
     return fill(lambda: Decoder(config, rngs=nnx.Rngs(0)), seed)
 
 
+SIZES = {"hidden_size", "heads", "key_value_heads", "head_size", "mlp_size"}
+
 LLAMA = {
     "family": "llama",
     "key_value_heads": 1,
-    "norm": "rms",
-    "activation": "silu",
-    "gated_mlp": True,
-    "fused_qkv": None,
-    "attention_bias": False,
-    "output_bias": False,
-    "mlp_bias": False,
+    "norm": NormConfig("rms", 1e-5, wide_scale=False),
+    "attention": {"fused": None, "bias": False, "output_bias": False},
+    "mlp": {"activation": "silu", "kind": "gated", "bias": False},
 }
 
 

@@ -1,65 +1,155 @@
-"""Causal self-attention with grouped queries and rotary positions.
+"""Causal self-attention with grouped queries, in the variants that `AttentionConfig` names.
 
 h: [document, position, hidden]. Documents are padded on the right, where a causal mask alone
 keeps padding from reaching any real position.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jhessians.models.config import DecoderConfig
+from jhessians.models.alibi import biases
+from jhessians.models.config import AttentionConfig, DecoderConfig
 from jhessians.models.layers import Linear, at_least_float32
-from jhessians.models.rope import rotate
-from jhessians.typing import Array, DTypeLike, Float
+from jhessians.models.norms import Norm
+from jhessians.models.rope import rotate, rotations
+from jhessians.typing import Array, DTypeLike, Float, Int
+
+EVERYTHING = 2**30
+"""A window that no document is longer than."""
+
+
+class Positions(NamedTuple):
+    """What all layers share of where tokens stand; None where the architecture has none.
+
+    Attributes:
+        cosine: Of the angles, [rope, document or 1, position, pair]; the last rope rotates nothing.
+        sine: Likewise.
+        bias: On attention logits, [head, key's position].
+    """
+
+    cosine: Float[Array, "p m s r"] | None
+    sine: Float[Array, "p m s r"] | None
+    bias: Float[Array, "h s"] | None
+
+
+class Layer(NamedTuple):
+    """What tells one layer's attention from another's; arrays with a layer axis before the scan.
+
+    Attributes:
+        scale: Multiplies query · key.
+        window: How many positions back the layer sees, its own included.
+        rope: Index of its rotation.
+    """
+
+    scale: Array
+    window: Array
+    rope: Array
+
+
+def positions(
+    config: AttentionConfig, lengths: Int[Array, " n"], size: int, dtype: DTypeLike
+) -> Positions:
+    """Angles and biases of a batch of documents that are padded to `size` positions."""
+    c = config
+    cosine, sine = rotations(c.ropes, lengths, size) if c.ropes else (None, None)
+    bias = biases(c.alibi, c.heads, size, dtype) if c.alibi else None
+    return Positions(cosine, sine, bias)
+
+
+def each_layer(config: AttentionConfig, layers: int) -> Layer:
+    """The settings of all layers, [layer]."""
+    c = config
+    nothing = len(c.ropes)
+    ropes = [nothing if i is None else i for i in c.layer_ropes or (0,) * layers]
+    windows = [EVERYTHING if w is None else w for w in c.windows or (None,) * layers]
+    return Layer(
+        jnp.array(c.scales or (c.head_size**-0.5,) * layers, jnp.float32),
+        jnp.array(windows, jnp.int32),
+        jnp.array(ropes, jnp.int32),
+    )
 
 
 class Attention(nnx.Module):
-    """Projections, rotation, softmax, output; fused or separate as the checkpoint has them."""
+    """Projections, norms, rotation, softmax, output; fused or separate as the checkpoint is."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        c = config
+        c, hidden = config.attention, config.hidden_size
         queries, keys = c.heads * c.head_size, c.key_value_heads * c.head_size
 
         def linear(inputs: int, outputs: int, bias: bool) -> Linear:
             return Linear(inputs, outputs, use_bias=bias, dtype=dtype, rngs=rngs)
 
-        if c.fused_qkv is None:
-            self.query = linear(c.hidden_size, queries, c.attention_bias)
-            self.key = linear(c.hidden_size, keys, c.attention_bias)
-            self.value = linear(c.hidden_size, keys, c.attention_bias)
+        if c.fused is None:
+            self.query = linear(hidden, queries, c.bias)
+            self.key = linear(hidden, keys, c.bias)
+            self.value = linear(hidden, keys, c.bias)
         else:
-            self.query_key_value = linear(c.hidden_size, queries + 2 * keys, c.attention_bias)
-        self.output = linear(queries, c.hidden_size, c.output_bias)
+            self.query_key_value = linear(hidden, queries + 2 * keys, c.bias)
+        self.output = linear(queries, hidden, c.output_bias)
+        self.query_norm = _qk_norm(c, c.heads, dtype)
+        self.key_norm = _qk_norm(c, c.key_value_heads, dtype)
         self.config = c
 
     def __call__(
-        self, h: Float[Array, "n s d"], rope: tuple[Array, ...], logit_scale: Float[Array, ""]
+        self, h: Float[Array, "n s d"], positions: Positions, layer: Layer
     ) -> Float[Array, "n s d"]:
         """
         Args:
-            h: Normed residual stream.
-            rope: Cosine and sine of `jhessians.models.rope.rotation`; empty without rope.
-            logit_scale: Multiplies query · key.
+            h: What the projections read.
+            positions: Of the batch.
+            layer: This layer's settings.
         """
+        c = self.config
         query, key, value = self._project(h)
-        if rope:
-            query, key = rotate(query, *rope), rotate(key, *rope)
-        mixed = attend(query, key, value, logit_scale)
+        if c.clip is not None:
+            query, key, value = (jnp.clip(x, -c.clip, c.clip) for x in (query, key, value))
+        query, key = self._normed(self.query_norm, query), self._normed(self.key_norm, key)
+        if positions.cosine is not None and positions.sine is not None:
+            angles = positions.cosine[layer.rope], positions.sine[layer.rope]
+            paired = c.ropes[0].interleaved
+            query, key = (rotate(x, *angles, interleaved=paired) for x in (query, key))
+        mixed = attend(
+            query, key, value, layer.scale, layer.window, bias=positions.bias, softcap=c.softcap
+        )
         return self.output(mixed.reshape(*h.shape[:2], -1))
 
     def _project(self, h: Float[Array, "n s d"]) -> tuple[Array, Array, Array]:
         """Query, key and value, each [document, position, head, feature]."""
         c = self.config
-        if c.fused_qkv is None:
+        rows = h.shape[:2]
+        if c.fused is None:
             parts = [self.query(h), self.key(h), self.value(h)]
-        elif c.fused_qkv == "head":
-            by_head = self.query_key_value(h).reshape(*h.shape[:2], c.heads, 3, c.head_size)
-            parts = [by_head[..., i, :] for i in range(3)]
+        elif c.fused == "blocks":
+            ends = [c.heads * c.head_size, (c.heads + c.key_value_heads) * c.head_size]
+            parts = jnp.split(self.query_key_value(h), ends, axis=-1)
         else:
-            parts = jnp.split(self.query_key_value(h), 3, axis=-1)
-        query, key, value = (x.reshape(*h.shape[:2], -1, c.head_size) for x in parts)
+            groups = self.query_key_value(h).reshape(*rows, c.key_value_heads, -1, c.head_size)
+            parts = [groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]]
+        query, key, value = (x.reshape(*rows, -1, c.head_size) for x in parts)
         return query, key, value
+
+    def _normed(self, norm: Norm | None, x: Float[Array, "n s h d"]) -> Float[Array, "n s h d"]:
+        if norm is None:
+            return x
+        if self.config.qk_norm_span != "all":
+            return norm(x)
+        return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+
+def _qk_norm(config: AttentionConfig, heads: int, dtype: DTypeLike) -> Norm | None:
+    """The norm of all `heads` queries or keys, if there is one."""
+    c = config
+    if c.qk_norm is None:
+        return None
+    features = {
+        "head": (c.head_size,),
+        "heads": (heads, c.head_size),
+        "all": (heads * c.head_size,),
+    }[c.qk_norm_span]
+    return Norm(features, c.qk_norm, dtype=dtype)
 
 
 def attend(
@@ -67,14 +157,31 @@ def attend(
     key: Float[Array, "n s k d"],
     value: Float[Array, "n s k d"],
     scale: Float[Array, ""],
+    window: Int[Array, ""],
+    *,
+    bias: Float[Array, "h s"] | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "n s h d"]:
-    """Causal softmax(scale · query keyᵀ) value; the softmax at least in float32."""
+    """Causal softmax(scale · query keyᵀ + bias) value; the softmax at least in float32.
+
+    Args:
+        query, key, value: Of all positions.
+        scale: Of the logits.
+        window: How many positions back a query sees, its own included.
+        bias: Added to the logits.
+        softcap: c in c · tanh(logit / c), before bias and mask.
+    """
     n, s, heads, d = query.shape
     groups = key.shape[2]
     wide = at_least_float32(query.dtype)
     query = query.reshape(n, s, groups, heads // groups, d)
     logits = jnp.einsum("nsgqd,ntgd->ngqst", query, key).astype(wide) * scale.astype(wide)
-    causal = jnp.tril(jnp.ones((s, s), bool))
-    logits = jnp.where(causal[None, None, None], logits, jnp.finfo(wide).min)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias.astype(wide).reshape(1, groups, heads // groups, 1, s)
+    back = jnp.arange(s, dtype=jnp.int32)[:, None] - jnp.arange(s, dtype=jnp.int32)[None, :]
+    seen = (back >= 0) & (back < window)
+    logits = jnp.where(seen[None, None, None], logits, jnp.finfo(wide).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     return jnp.einsum("ngqst,ntgd->nsgqd", weights, value).reshape(n, s, heads, d)

@@ -4,52 +4,52 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jhessians.models.attention import Attention
+from jhessians.models.attention import Attention, Layer, Positions, each_layer, positions
 from jhessians.models.config import DecoderConfig
-from jhessians.models.layers import ACTIVATIONS, LayerNorm, Linear, RMSNorm, Stack
-from jhessians.models.rope import rotation
+from jhessians.models.layers import Linear, Stack, per_feature
+from jhessians.models.mlp import MLP
+from jhessians.models.norms import apply, norm_if
 from jhessians.typing import Array, DTypeLike, Float, Int
-
-
-class MLP(nnx.Module):
-    """down(activation(up(x))), or gated by activation(gate(x))."""
-
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        c = config
-
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, use_bias=c.mlp_bias, dtype=dtype, rngs=rngs)
-
-        self.gate = linear(c.hidden_size, c.mlp_size) if c.gated_mlp else None
-        self.up = linear(c.hidden_size, c.mlp_size)
-        self.down = linear(c.mlp_size, c.hidden_size)
-        self.activation = c.activation
-
-    def __call__(self, h: Float[Array, "n s d"]) -> Float[Array, "n s d"]:
-        activate = ACTIVATIONS[self.activation]
-        if self.gate is None:
-            return self.down(activate(self.up(h)))
-        return self.down(activate(self.gate(h)) * self.up(h))
 
 
 class Block(nnx.Module):
     """Attention and MLP around the residual stream, one after the other or side by side."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.attention_norm = norm(config, dtype)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp_norm = norm(config, dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
-        self.parallel = config.parallel_residual
+        c = config
+        before = c.norm_placement != "output"
+        after = c.norm_placement in ("output", "both")
+        own = c.residual != "shared"
+        self.attention_norm = norm_if(before, c.hidden_size, c.norm, dtype)
+        self.attention = Attention(c, dtype=dtype, rngs=rngs)
+        self.attention_output_norm = norm_if(after, c.hidden_size, c.norm, dtype)
+        self.mlp_norm = norm_if(before and own, c.hidden_size, c.norm, dtype)
+        self.mlp = MLP(c, dtype=dtype, rngs=rngs)
+        self.mlp_output_norm = norm_if(after, c.hidden_size, c.norm, dtype)
+        self.config = c
 
     def __call__(
-        self, h: Float[Array, "n s d"], rope: tuple[Array, ...], logit_scale: Float[Array, ""]
+        self, h: Float[Array, "n s d"], positions: Positions, *layer: Array
     ) -> Float[Array, "n s d"]:
-        attended = self.attention(self.attention_norm(h), rope, logit_scale)
-        if self.parallel:
-            return h + attended + self.mlp(self.mlp_norm(h))
-        h = h + attended
-        return h + self.mlp(self.mlp_norm(h))
+        """
+        Args:
+            h: Residual stream.
+            positions: Of the batch.
+            layer: This layer's entries of `Layer`.
+        """
+        c, settings = self.config, Layer(*layer)
+        if c.norm_placement == "sum":
+            h = apply(self.attention_norm, h + self.attention(h, positions, settings))
+            return apply(self.mlp_norm, h + self.mlp(h))
+        read = apply(self.attention_norm, h)
+        attended = apply(self.attention_output_norm, self.attention(read, positions, settings))
+        if c.residual == "sequential":
+            h = h + _scaled(attended, c.residual_scale)
+            read = apply(self.mlp_norm, h)
+            return h + _scaled(apply(self.mlp_output_norm, self.mlp(read)), c.residual_scale)
+        if c.residual == "parallel":
+            read = apply(self.mlp_norm, h)
+        return h + _scaled(attended + self.mlp(read), c.residual_scale)
 
 
 class Decoder(nnx.Module):
@@ -63,20 +63,31 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         c = config
-        table = (c.vocabulary_size, c.hidden_size)
+        width = c.embedding_size or c.hidden_size
+        table, rows = (c.vocabulary_size, width), c.positions + c.position_offset
+
+        def projection(inputs: int, outputs: int) -> Linear | None:
+            if c.embedding_size is None:
+                return None
+            return Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
+
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), table, dtype))
         self.position_embedding = (
-            nnx.Param(0.1 * jax.random.normal(rngs.params(), (c.positions, c.hidden_size), dtype))
+            nnx.Param(0.1 * jax.random.normal(rngs.params(), (rows, c.hidden_size), dtype))
             if c.learned_positions
             else None
         )
+        self.embedding_projection = projection(width, c.hidden_size)
+        self.embedding_norm = norm_if(c.embedding_norm, c.hidden_size, c.norm, dtype)
         self.layers = Stack(lambda r: Block(c, dtype=dtype, rngs=r), c.layers, rngs=rngs)
-        self.final_norm = norm(c, dtype)
+        self.final_norm = norm_if(c.final_norm, c.hidden_size, c.norm, dtype)
+        self.output_projection = projection(c.hidden_size, width)
         self.head = (
             None
             if c.tied_embeddings
-            else nnx.Param(c.hidden_size**-0.5 * jax.random.normal(rngs.params(), table, dtype))
+            else nnx.Param(width**-0.5 * jax.random.normal(rngs.params(), table, dtype))
         )
+        self.head_bias = nnx.Param(jnp.zeros(c.vocabulary_size, dtype)) if c.head_bias else None
         self.config = c
 
     def hidden(
@@ -90,21 +101,29 @@ class Decoder(nnx.Module):
         """
         c = self.config
         n, s = tokens.shape
-        h = self.embedding[...][tokens]
+        h = _scaled(self.embedding[...][tokens], c.embedding_scale)
+        if self.embedding_projection is not None:
+            h = self.embedding_projection(h)
         if self.position_embedding is not None:
-            h = h + self.position_embedding[...][None, :s]
+            h = h + self.position_embedding[...][None, c.position_offset : c.position_offset + s]
+        h = apply(self.embedding_norm, h)
         if lengths is None:
             lengths = jnp.full((n,), s, jnp.int32)
-        rope = rotation(c.rope, lengths, s) if c.rope else ()
-        scale = jnp.full((c.layers,), c.head_size**-0.5 if c.scaled_attention else 1.0)
-        if c.inverse_layer_scale:
-            scale = scale / jnp.arange(1, c.layers + 1, dtype=scale.dtype)
-        h = self.layers(h, rope, each_layer=(scale,))
-        return self.final_norm(h)
+        where = positions(c.attention, lengths, s, h.dtype)
+        h = self.layers(h, where, each_layer=tuple(each_layer(c.attention, c.layers)))
+        h = apply(self.final_norm, h)
+        return h if self.output_projection is None else self.output_projection(h)
 
     def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Unnormalised log-probabilities of the next token."""
-        return hidden @ (self.embedding if self.head is None else self.head)[...].T
+        c = self.config
+        logits = hidden @ (self.embedding if self.head is None else self.head)[...].T
+        if self.head_bias is not None:
+            logits = logits + per_feature(self.head_bias[...], logits)
+        logits = _scaled(logits, c.logit_scale)
+        if c.logit_softcap is None:
+            return logits
+        return c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
     def __call__(
         self, tokens: Int[Array, "n s"], lengths: Int[Array, " n"] | None = None
@@ -112,7 +131,5 @@ class Decoder(nnx.Module):
         return self.logits(self.hidden(tokens, lengths))
 
 
-def norm(config: DecoderConfig, dtype: DTypeLike) -> LayerNorm | RMSNorm:
-    """The family's kind of norm over the residual stream."""
-    kind: type[LayerNorm] | type[RMSNorm] = LayerNorm if config.norm == "layer" else RMSNorm
-    return kind(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype)
+def _scaled(x: Array, factor: float) -> Array:
+    return x if factor == 1 else x * factor

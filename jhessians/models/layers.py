@@ -1,4 +1,4 @@
-"""Linear layers that a fold can listen to, norms, activations, and the scanned stack.
+"""Linear layers that a fold can listen to, activations, and the scanned stack.
 
 x: [document, position, in]. A kernel is stored [in, out], as in Flax.
 """
@@ -18,7 +18,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
@@ -71,37 +73,6 @@ class Linear(Tapped):
         kernel = self.kernel[...]
         y = x @ kernel if self.tape is None else self.tape.record(self, x, kernel)
         return y if self.bias is None else y + per_feature(self.bias[...], y)
-
-
-class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias, at least in float32."""
-
-    def __init__(self, features: int, *, epsilon: float, dtype: DTypeLike = jnp.float32):
-        self.scale = nnx.Param(jnp.ones((features,), dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), dtype))
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
-        wide = x.astype(at_least_float32(x.dtype))
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        normed = centred * lax.rsqrt(variance + self.epsilon)
-        scale, bias = (per_feature(p[...].astype(wide.dtype), x) for p in (self.scale, self.bias))
-        return (normed * scale + bias).astype(x.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + epsilon) * scale, the mean at least in float32."""
-
-    def __init__(self, features: int, *, epsilon: float, dtype: DTypeLike = jnp.float32):
-        self.scale = nnx.Param(jnp.ones((features,), dtype))
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
-        wide = x.astype(at_least_float32(x.dtype))
-        mean_square = jnp.square(wide).mean(-1, keepdims=True)
-        normed = (wide * lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
-        return per_feature(self.scale[...], x) * normed
 
 
 class Stack(Tapped):

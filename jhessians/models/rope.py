@@ -1,16 +1,28 @@
 """Rotary position embeddings.
 
 The angles of a document depend on that document alone: where a stretch depends on the length
-(`dynamic`), it is the document's own length, never that of the batch it happens to be in.
+(`dynamic`, `longrope`), it is the document's own length, never that of the batch it happens to be
+in.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from jhessians.models.config import RopeConfig
 from jhessians.typing import Array, Float, Int
+
+
+def rotations(
+    configs: Sequence[RopeConfig], lengths: Int[Array, " n"], positions: int
+) -> tuple[Float[Array, "p m s r"], Float[Array, "p m s r"]]:
+    """`rotation` of several kinds, stacked, and last of all the one that rotates nothing."""
+    tables = [rotation(config, lengths, positions) for config in configs]
+    cosines, sines = (jnp.broadcast_arrays(*tables_) for tables_ in zip(*tables, strict=True))
+    nothing = jnp.ones_like(cosines[0]), jnp.zeros_like(sines[0])
+    return jnp.stack([*cosines, nothing[0]]), jnp.stack([*sines, nothing[1]])
 
 
 def rotation(
@@ -33,14 +45,30 @@ def rotation(
 
 
 def rotate(
-    x: Float[Array, "n s h d"], cosine: Float[Array, "m s r"], sine: Float[Array, "m s r"]
+    x: Float[Array, "n s h d"],
+    cosine: Float[Array, "m s r"],
+    sine: Float[Array, "m s r"],
+    *,
+    interleaved: bool = False,
 ) -> Float[Array, "n s h d"]:
-    """Rotate the pairs (x[k], x[k + r]) of each head by the angles of its position."""
+    """Rotate pairs of each head's first 2 r features by the angles of its position.
+
+    Args:
+        x: Queries or keys.
+        cosine, sine: Of the angles.
+        interleaved: Whether the pairs are (2 k, 2 k + 1), or (k, k + r).
+    """
     r = cosine.shape[-1]
     cosine, sine = (t[:, :, None, :].astype(x.dtype) for t in (cosine, sine))
-    first, second, rest = x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
-    rotated = [first * cosine - second * sine, second * cosine + first * sine, rest]
-    return jnp.concatenate(rotated, axis=-1)
+    turning, rest = x[..., : 2 * r], x[..., 2 * r :]
+    if interleaved:
+        first, second = turning[..., ::2], turning[..., 1::2]
+    else:
+        first, second = turning[..., :r], turning[..., r:]
+    rotated = [first * cosine - second * sine, second * cosine + first * sine]
+    if interleaved:
+        rotated = [jnp.stack(rotated, axis=-1).reshape(turning.shape)]
+    return jnp.concatenate([*rotated, rest], axis=-1)
 
 
 def _frequencies(config: RopeConfig, lengths: Int[Array, " n"]) -> Float[Array, "m r"]:
@@ -59,6 +87,11 @@ def _frequencies(config: RopeConfig, lengths: Int[Array, " n"]) -> Float[Array, 
         stretch = config.factor * length / config.original_positions - (config.factor - 1)
         powers = -exponents * np.float32(config.dimensions / (config.dimensions - 2))
         return jnp.asarray(frequencies)[None, :] * stretch[:, None] ** jnp.asarray(powers)[None, :]
+    if config.kind == "longrope":
+        # Ding et al. 2024, arXiv:2402.13753: two sets of factors, chosen by the document's length.
+        factors = (np.array(f, np.float32) for f in (config.short_factors, config.long_factors))
+        short, long = (jnp.asarray(np.float32(1) / (f * wavelengths))[None, :] for f in factors)
+        return jnp.where((lengths > config.original_positions)[:, None], long, short)
     stretched = {"default": lambda c, f: f, "linear": lambda c, f: f / np.float32(c.factor),
                  "llama3": _llama3, "yarn": _yarn}[config.kind](config, frequencies)  # fmt: skip
     return jnp.asarray(stretched, jnp.float32)[None, :]

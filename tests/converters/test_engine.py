@@ -17,7 +17,7 @@ from jhessians.errors import CheckpointError
 def test_any_number_of_leading_axes(tmp_path):
     """A mixture of experts: one array of ours, a tensor of theirs per layer and expert."""
     family = dataclasses.replace(
-        llama.FAMILY,
+        llama.FAMILIES[0],
         rules=rules.linear("experts.up", "model.layers.{layer}.mlp.experts.{expert}.up_proj"),
     )
     slots = rules.slots(family, {"experts.up.kernel": (2, 3, 4, 5)})
@@ -39,7 +39,7 @@ def test_any_number_of_leading_axes(tmp_path):
 )
 def test_tables_must_name_everything_once(shapes, table, message):
     with pytest.raises(ValueError, match=message):
-        rules.slots(dataclasses.replace(llama.FAMILY, rules=table), shapes)
+        rules.slots(dataclasses.replace(llama.FAMILIES[0], rules=table), shapes)
 
 
 @pytest.mark.parametrize("transform", [rules.IDENTITY, rules.TRANSPOSE], ids=lambda t: t.name)
@@ -66,11 +66,11 @@ def test_tables_cover_their_families(checkpoint):
 def test_a_family_of_ones_own(checkpoint, altered, monkeypatch):
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     family = dataclasses.replace(
-        llama.FAMILY,
+        llama.FAMILIES[0],
         model_type="my_llama",
         rules=tuple(
             dataclasses.replace(rule, theirs=rule.theirs.replace("self_attn", "attention"))
-            for rule in llama.FAMILY.rules
+            for rule in llama.FAMILIES[0].rules
         ),
     )
     register(register(family))

@@ -1,0 +1,140 @@
+"""What many families share: settings that configs name alike, and groups of rules.
+
+Most decoders took Llama's names for their modules and settings. A family names here what it has in
+common with those, and spells out the rest.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from converters.rules import Rule, linear, norm
+from converters.settings import activation
+from jhessians.errors import CheckpointError
+from jhessians.models.config import (
+    AttentionConfig,
+    DecoderConfig,
+    MLPConfig,
+    NormConfig,
+    RopeConfig,
+)
+
+BLOCK = "layers.blocks"
+LAYER = "model.layers.{layer}"
+
+EMBEDDINGS = (
+    Rule("embedding", "model.embed_tokens.weight"),
+    *norm("final_norm", "model.norm"),
+    Rule("head", "lm_head.weight", tied_to="embedding"),
+)
+ATTENTION = (
+    *linear(f"{BLOCK}.attention.query", f"{LAYER}.self_attn.q_proj"),
+    *linear(f"{BLOCK}.attention.key", f"{LAYER}.self_attn.k_proj"),
+    *linear(f"{BLOCK}.attention.value", f"{LAYER}.self_attn.v_proj"),
+    *linear(f"{BLOCK}.attention.output", f"{LAYER}.self_attn.o_proj"),
+)
+QK_NORM = (
+    *norm(f"{BLOCK}.attention.query_norm", f"{LAYER}.self_attn.q_norm"),
+    *norm(f"{BLOCK}.attention.key_norm", f"{LAYER}.self_attn.k_norm"),
+)
+GATED_MLP = (
+    *linear(f"{BLOCK}.mlp.gate", f"{LAYER}.mlp.gate_proj"),
+    *linear(f"{BLOCK}.mlp.up", f"{LAYER}.mlp.up_proj"),
+    *linear(f"{BLOCK}.mlp.down", f"{LAYER}.mlp.down_proj"),
+)
+INPUT_NORMS = (
+    *norm(f"{BLOCK}.attention_norm", f"{LAYER}.input_layernorm"),
+    *norm(f"{BLOCK}.mlp_norm", f"{LAYER}.post_attention_layernorm"),
+)
+ROTARY_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+
+
+def head_size(config: Any) -> int:
+    """Features per head: the config's own number, or the hidden size divided among the heads."""
+    given = getattr(config, "head_dim", None)
+    return given or config.hidden_size // config.num_attention_heads
+
+
+def rms(config: Any, **changes: Any) -> NormConfig:
+    """Root-mean-square norms with the config's epsilon."""
+    return NormConfig("rms", **{"epsilon": config.rms_norm_eps, **changes})
+
+
+def decoder(
+    config: Any,
+    *,
+    norm: NormConfig,
+    ropes: Sequence[RopeConfig] = (),
+    attention: dict[str, Any] | None = None,
+    mlp: dict[str, Any] | None = None,
+    **changes: Any,
+) -> DecoderConfig:
+    """Our config from one whose settings have Llama's names.
+
+    Args:
+        config: transformers' config.
+        norm: Of the residual stream.
+        ropes: The rotations that layers choose from.
+        attention: Fields of `AttentionConfig` beside the heads' sizes and numbers.
+        mlp: Fields of `MLPConfig`; by default gated and with the config's activation.
+        changes: Further fields of `DecoderConfig`.
+
+    Raises:
+        CheckpointError: If the decoder doesn't have the activation.
+    """
+    mlp = {"size": None, "activation": None, **(mlp or {})}
+    heads = config.num_attention_heads
+    sizes = {
+        "heads": heads,
+        "key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_size": head_size(config),
+    }
+    stretched = [int(rope.original_positions * rope.factor) for rope in ropes]
+    fields = {
+        "vocabulary_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "tied_embeddings": config.tie_word_embeddings,
+    }
+    if "positions" not in changes:
+        fields["positions"] = max([config.max_position_embeddings, *stretched])
+    return DecoderConfig(
+        family=config.model_type,
+        norm=norm,
+        attention=AttentionConfig(**{**sizes, "ropes": tuple(ropes), **(attention or {})}),
+        mlp=MLPConfig(
+            **{
+                **mlp,
+                "size": mlp["size"] or config.intermediate_size,
+                "activation": activation(mlp["activation"] or config.hidden_act),
+            }
+        ),
+        **{**fields, **changes},
+    )
+
+
+def windows(config: Any) -> tuple[int | None, ...]:
+    """The layers' windows: as `layer_types` has them, or the same one everywhere.
+
+    Raises:
+        CheckpointError: If a layer is of another type, or its window isn't given.
+    """
+    size, count = getattr(config, "sliding_window", None), config.num_hidden_layers
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return (size,) * count if size is not None else ()
+    if len(types) != count:
+        raise CheckpointError(
+            f"config.json gives {len(types)} layer_types; expected {count}, one per layer"
+        )
+    known = {"full_attention": None, "sliding_attention": size}
+    for kind in types:
+        if kind not in known:
+            raise CheckpointError(
+                f"config.json has a layer of type {kind!r}; expected {' or '.join(known)}"
+            )
+    if size is None and "sliding_attention" in types:
+        raise CheckpointError(
+            "config.json has layers of type 'sliding_attention', but no sliding_window; "
+            "expected its size in tokens"
+        )
+    return tuple(known[kind] for kind in types) if size is not None else ()
