@@ -24,6 +24,7 @@ from jhessians.options import (
     FALSE_WORDS,
     TRUE_WORDS,
     Option,
+    check_all,
     did_you_mean,
     options_of,
     parse_flag,
@@ -45,6 +46,19 @@ examples:
   jhessians compute runs/demo
   jhessians compute runs/pythia --model EleutherAI/pythia-160m \\
       --dataset NeelNanda/pile-10k --max_tokens 1000000 --truncation
+"""
+
+MIX_USAGE = f"{PROGRAM} mix --query_path PATH --index_path PATH --output_path PATH [options]"
+MIX_DESCRIPTION = """\
+Mix two autocorrelation Hessians into one, with the coefficient at which their
+spectra cross (Chang et al. 2024, arXiv:2410.17413, section A.1.3).
+"""
+MIX_EXAMPLES = """\
+Flags may be spelt with - or _, and a bare --flag means --flag true.
+
+examples:
+  jhessians mix --query_path runs/queries --index_path runs/index \\
+      --output_path runs/mixed
 """
 
 
@@ -76,16 +90,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def build_compute_parser() -> argparse.ArgumentParser:
     """The parser of `compute`, from the options of `ComputeConfig`."""
-    parser = _Parser(
-        prog=f"{PROGRAM} compute",
-        usage=COMPUTE_USAGE,
-        description=COMPUTE_DESCRIPTION,
-        epilog=COMPUTE_EXAMPLES,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = _command_parser("compute", COMPUTE_USAGE, COMPUTE_DESCRIPTION, COMPUTE_EXAMPLES)
     general = parser.add_argument_group("general")
     general.add_argument(
         "run_path", nargs="?", metavar="RUN_PATH", help="Folder to write; must not exist yet."
@@ -96,12 +101,43 @@ def build_compute_parser() -> argparse.ArgumentParser:
         help="Replay a run: take every option from its config.yaml (--overwrite excepted), "
         "then those given here.",
     )
-    general.add_argument("-h", "--help", action="store_true", help="Show this text and leave.")
+    _add_help(general)
+    _add_options(parser, ComputeConfig)
+    return parser
+
+
+def build_mix_parser() -> argparse.ArgumentParser:
+    """The parser of `mix`, from the options of `MixConfig`."""
+    from jhessians.mix import MixConfig
+
+    parser = _command_parser("mix", MIX_USAGE, MIX_DESCRIPTION, MIX_EXAMPLES)
+    _add_help(parser.add_argument_group("general"))
+    _add_options(parser, MixConfig)
+    return parser
+
+
+def _command_parser(name: str, usage: str, description: str, examples: str) -> _Parser:
+    return _Parser(
+        prog=f"{PROGRAM} {name}",
+        usage=usage,
+        description=description,
+        epilog=examples,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+    )
+
+
+def _add_help(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("-h", "--help", action="store_true", help="Show this text and leave.")
+
+
+def _add_options(parser: _Parser, config_class: type) -> None:
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for each in options_of(ComputeConfig):
+    for each in options_of(config_class):
         group = groups.setdefault(each.group, parser.add_argument_group(each.group))
         _add_option(group, each)
-    return parser
 
 
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
@@ -221,6 +257,29 @@ def run_compute(arguments: Sequence[str], *, on_debug: Callable[[], None]) -> No
             _say(render(summary))
 
 
+def run_mix(arguments: Sequence[str], *, on_debug: Callable[[], None]) -> None:
+    """`jhessians mix`: calls `jhessians.mix.mix` and prints its line; arguments as `run_compute`.
+
+    Raises:
+        ConfigError: If an option is unknown, wrong or missing.
+    """
+    from jhessians.mix import MixConfig, mix
+
+    parser = build_mix_parser()
+    options = options_of(MixConfig)
+    given = vars(parser.parse_args(normalize_flags(arguments, options)))
+    if given.pop("help", False):
+        _say(parser.format_help().rstrip())
+        return
+    config = MixConfig(**check_all(options, given, where="the command line"))
+    if config.debug:
+        on_debug()
+    with quiet_libraries(debug=config.debug, quiet=config.quiet):
+        summary = mix(config)
+    if not config.quiet:
+        _say(summary.render())
+
+
 @contextmanager
 def _float64(wanted: bool) -> Iterator[None]:
     """Let JAX hold 64-bit arrays, which it must know before it makes its first one."""
@@ -247,6 +306,7 @@ class Command:
 
 COMMANDS = {
     "compute": Command("fit KFAC or EKFAC factors of a model on a data set", run_compute),
+    "mix": Command("mix two autocorrelation Hessians into one", run_mix),
 }
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from jhessians.errors import CheckpointError
 from jhessians.interop import torchfile
+from jhessians.interop.torchfile import LazyTensor
 from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.typing import Array
 
@@ -31,13 +32,29 @@ def read_hessians(path: Path) -> tuple[dict[str, Matrix], dict[str, EigenPair]]:
     Raises:
         CheckpointError: If a file is missing, damaged, or holds something else.
     """
+    return _hessians(path, torchfile.load)
+
+
+def open_hessians(path: Path) -> tuple[dict[str, LazyTensor], dict[str, tuple[LazyTensor, ...]]]:
+    """The same, with the matrices left on the disk until they are read.
+
+    Raises:
+        CheckpointError: As for `read_hessians`, or a shape is wrong.
+    """
+    hessians, eigen = _hessians(path, torchfile.open_torch_file)
+    if problem := misshapen({}, hessians, eigen):
+        raise CheckpointError(f"{path}: {problem}; restore it or make it again")
+    return hessians, eigen
+
+
+def _hessians(path: Path, read: Callable[[Path], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     file = _existing(path, HESSIANS_FILE)
-    hessians = _read_table(file, _is_array, "an array")
+    hessians = _read_table(file, _is_array, "an array", read)
     # Folders of the first versions hold no eigenpairs.
     if file.name != HESSIANS_FILE and not (path / LEGACY_NAMES[EIGEN_FILE]).exists():
         return hessians, {}
-    pairs = _read_table(_existing(path, EIGEN_FILE), _is_pair, "eigenvalues and eigenvectors")
-    return hessians, pairs
+    file = _existing(path, EIGEN_FILE)
+    return hessians, _read_table(file, _is_pair, "eigenvalues and eigenvectors", read)
 
 
 def _existing(path: Path, name: str) -> Path:
@@ -52,7 +69,7 @@ def _existing(path: Path, name: str) -> Path:
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and (
+    return isinstance(value, np.ndarray | LazyTensor) and (
         np.issubdtype(value.dtype, np.floating) or value.dtype.name == "bfloat16"
     )
 
@@ -61,11 +78,16 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(_is_array(x) for x in value)
 
 
-def _read_table(file: Path, is_valid: Callable[[Any], bool], expected: str) -> dict[str, Any]:
+def _read_table(
+    file: Path,
+    is_valid: Callable[[Any], bool],
+    expected: str,
+    read: Callable[[Path], Any] = torchfile.load,
+) -> dict[str, Any]:
     """A torch file's module → value, with the value's kind checked."""
     if not file.exists():
         raise CheckpointError(f"{file} does not exist; expected the folder of a gradient processor")
-    table = torchfile.load(file)
+    table = read(file)
     if not isinstance(table, dict):
         raise CheckpointError(f"{file} holds a {type(table).__name__}; expected a dict by module")
     for name, value in table.items():
@@ -124,8 +146,8 @@ def _normalizer(file: Path, module: str, state: Mapping[str, Any]) -> Normalizer
 
 def misshapen(
     normalizers: Mapping[str, Normalizer],
-    hessians: Mapping[str, Matrix],
-    hessians_eigen: Mapping[str, EigenPair],
+    hessians: Mapping[str, Any],
+    hessians_eigen: Mapping[str, Any],
 ) -> str | None:
     """What is wrong with the arrays' shapes, if anything."""
     for name, normalizer in normalizers.items():
@@ -136,16 +158,16 @@ def misshapen(
             shapes = {"row": (1, normalizer.row), "col": (1, normalizer.col)}
             outputs = normalizer.row.shape
         for kind, (axes, array) in shapes.items():
-            if array.ndim != axes:
+            if len(array.shape) != axes:
                 return f"{kind} of {name} has shape {array.shape}; expected {axes} axes"
         bias = normalizer.bias_avg_sq
         if bias is not None and bias.shape != outputs:
             return f"bias_avg_sq of {name} has shape {bias.shape}; expected {outputs}"
     for name, matrix in hessians.items():
-        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
             return f"the Hessian of {name} has shape {matrix.shape}; expected a square matrix"
     for name, (values, vectors) in hessians_eigen.items():
-        d = vectors.shape[0] if vectors.ndim else 0
+        d = vectors.shape[0] if vectors.shape else 0
         if name in hessians:
             d = hessians[name].shape[0]
         elif hessians:
