@@ -132,7 +132,9 @@ class Stack(Tapped):
             return (hidden, inner.statistics if tape else statistics), None
 
         # A policy of matrix products does not save gathered weights, which would undo `fsdp`.
-        policy = jax.checkpoint_policies.dots_saveable if self.save_products else None
+        policy = (
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.save_products else None
+        )
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         steps = (state, each_layer, jnp.arange(self.count))
         (h, statistics), _ = lax.scan(body, (h, statistics), steps)
