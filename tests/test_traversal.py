@@ -179,31 +179,34 @@ def test_a_fold_of_ones_own_in_ones_own_jit_and_mesh(shape):
 
 
 class Twice(nnx.Module):
-    """One linear called twice: its weight is shared."""
+    """One linear called twice, so that its weight is shared, and one that reads its first input."""
 
     def __init__(self, rngs):
         self.linear = jhessians.Linear(I, I, use_bias=False, rngs=rngs)
+        self.other = jhessians.Linear(I, I, use_bias=False, rngs=rngs)
 
     def __call__(self, x):
-        return self.linear(jnp.tanh(self.linear(x)))
+        return self.linear(jnp.tanh(self.linear(x))) + self.other(x)
 
 
 def test_a_linear_that_is_called_twice_sums_both_calls():
     model, (x, _), mask = make()
     model, batch = small.fill(lambda: Twice(nnx.Rngs(0))), (x, np.roll(x, 1))
     sites = jhessians.find_sites(squares, model, batch)
-    assert list(sites) == ["linear"]
+    assert [s.input_site for s in sites.values()] == ["linear", "other"]
     statistics = jhessians.initialize(jhessians.Covariance(), sites)
     statistics, _ = accumulate(model, batch, statistics, sites=sites, mask=mask)
 
     w = np.asarray(model.linear.kernel[...], np.float64)
     a, y = (v.astype(np.float64) for v in batch)
     hidden = np.tanh(a @ w)
-    g_out = hidden @ w - y
+    g_out = hidden @ w + a @ np.asarray(model.other.kernel[...], np.float64) - y
     g_in = (g_out @ w.T) * (1 - hidden**2)
-    calls = [(a, g_in), (hidden, g_out)]
-    sums = [kfac_numpy.covariances(list(zip(*call, strict=True)), list(mask)) for call in calls]
-    compare(statistics, sites, {"linear": (sums[0][0] + sums[1][0], sums[0][1] + sums[1][1])})
+    calls = [(a, g_in), (hidden, g_out), (a, g_out)]
+    one, two, other = (
+        kfac_numpy.covariances(list(zip(*call, strict=True)), list(mask))[:2] for call in calls
+    )
+    compare(statistics, sites, {"linear": (one[0] + two[0], one[1] + two[1]), "other": other})
 
 
 def test_documents_may_have_no_position_axis_or_two():
