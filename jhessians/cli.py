@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from textwrap import wrap
 from typing import NoReturn
 
@@ -250,6 +251,7 @@ def run_compute(arguments: Sequence[str], *, on_debug: Callable[[], None]) -> No
         from jhessians.pipeline import compute
         from jhessians.report.summary import render
 
+        _keep_compilations()
         progress = Progress(quiet=config.quiet)
         summary = compute(config, progress)
         # The pipeline quietens every process but the first one of several hosts.
@@ -278,6 +280,20 @@ def run_mix(arguments: Sequence[str], *, on_debug: Callable[[], None]) -> None:
         summary = mix(config)
     if not config.quiet:
         _say(summary.render())
+
+
+def _keep_compilations() -> None:
+    """Let a later run of the same shapes find what this one compiles.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false forbids it.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(caches / "jhessians" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @contextmanager
