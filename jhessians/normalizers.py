@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jhessians.errors import ConfigError
 from jhessians.typing import Array, DTypeLike, Float
@@ -45,8 +46,8 @@ class AdamNormalizer:
         bias_avg_sq: b, [out]; None if biases are not scaled (nor may they be counted then).
     """
 
-    weight_avg_sq: Float[Array, "*layers o i"]
-    bias_avg_sq: Float[Array, "*layers o"] | None = None
+    weight_avg_sq: Float[Array | np.ndarray, "*layers o i"]
+    bias_avg_sq: Float[Array | np.ndarray, "*layers o"] | None = None
 
     def weight_denominator(self) -> Float[Array, "*layers o i"]:
         """√v + ε, which G is divided by."""
@@ -105,9 +106,9 @@ class AdafactorNormalizer:
         bias_avg_sq: b, [out]; None if biases are not scaled (nor may they be counted then).
     """
 
-    row: Float[Array, "*layers o"]
-    col: Float[Array, "*layers i"]
-    bias_avg_sq: Float[Array, "*layers o"] | None = None
+    row: Float[Array | np.ndarray, "*layers o"]
+    col: Float[Array | np.ndarray, "*layers i"]
+    bias_avg_sq: Float[Array | np.ndarray, "*layers o"] | None = None
 
     def g_factor(self) -> Float[Array, "*layers o"]:
         """√mean(r + ε) / √(r + ε): multiply the gradient at the output by it."""
@@ -165,10 +166,9 @@ class AdafactorNormalizer:
 Normalizer = AdamNormalizer | AdafactorNormalizer
 
 
-def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def _wide(x: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
     """`x` at least in float32, of any array type."""
-    x = jnp.asarray(x)
-    return x.astype(_at_least_float32(x.dtype))
+    return jnp.asarray(x, _at_least_float32(x.dtype))
 
 
 def _at_least_float32(*dtypes: jnp.dtype) -> DTypeLike:
@@ -180,7 +180,9 @@ def _aligned(x: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, 
     return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
 
 
-def _required(bias_avg_sq: Float[Array, "..."] | None) -> Float[Array, "..."]:
+def _required(
+    bias_avg_sq: Float[Array | np.ndarray, "..."] | None,
+) -> Float[Array | np.ndarray, "..."]:
     if bias_avg_sq is None:
         raise ConfigError(
             "the normalizer has no second moment of the bias, yet the bias is to be counted; "

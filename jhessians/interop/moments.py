@@ -1,0 +1,18 @@
+"""What every second moment that is read from a file must be."""
+
+import numpy as np
+from jaxtyping import Float
+
+from jhessians.errors import NumericsError
+
+
+def checked_moment(moment: np.ndarray, name: str) -> Float[np.ndarray, "..."]:
+    """A second moment at least in float32.
+
+    Raises:
+        NumericsError: If it isn't finite, or negative.
+    """
+    wide = moment.astype(np.promote_types(moment.dtype, np.float32), copy=False)
+    if not (np.isfinite(wide) & (wide >= 0)).all():
+        raise NumericsError(f"{name} isn't finite or is negative; expected mean squares")
+    return wide
