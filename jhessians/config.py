@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jhessians.errors import ConfigError
 from jhessians.interop.layout import Layout
@@ -20,6 +20,7 @@ SOURCES = "what to run on"
 DATA = "data"
 NUMBERS = "numbers"
 STATISTICS = "statistics"
+AUTOCORRELATION = "statistics of --method autocorrelation"
 MACHINE = "machine"
 OUTPUT = "output"
 
@@ -34,18 +35,21 @@ class Method:
         name: As typed after `--method`.
         bergson: What bergson calls it in `hessian_cfg.method`.
         ev_correction: Whether the eigenvalue correction belongs to it.
+        factored: Whether it is made of Kronecker factors, rather than of dense Grams.
     """
 
     name: str
     bergson: str
-    ev_correction: bool
+    ev_correction: bool = False
+    factored: bool = True
 
 
 METHODS = (
     Method("ekfac", bergson="kfac", ev_correction=True),
-    Method("kfac", bergson="kfac", ev_correction=False),
-    Method("tkfac", bergson="tkfac", ev_correction=False),
-    Method("shampoo", bergson="shampoo", ev_correction=False),
+    Method("kfac", bergson="kfac"),
+    Method("tkfac", bergson="tkfac"),
+    Method("shampoo", bergson="shampoo"),
+    Method("autocorrelation", bergson="autocorrelation", factored=False),
 )
 
 
@@ -210,7 +214,7 @@ class ComputeConfig:
         "(the empirical Fisher).",
         group=STATISTICS,
         choices=("sampled", "dataset"),
-        default_text="sampled",
+        default_text="sampled; dataset for autocorrelation",
     )
     use_dataset_labels: bool = option(
         False,
@@ -272,6 +276,111 @@ class ComputeConfig:
         metavar="GLOBS",
         default_text="none",
         bergson="index_cfg.filter_modules",
+    )
+
+    projection_dim: int = option(
+        0,
+        "Project every module's gradient to a matrix of this many rows and columns, or all of "
+        "them to one vector of this length with --projection_target global.",
+        group=AUTOCORRELATION,
+        metavar="P",
+        minimum=0,
+        default_text="0, no projection",
+        bergson="index_cfg.projection_dim",
+    )
+    projection_type: str = option(
+        "rademacher",
+        "Entries of the random projection: plus or minus 1, or normal.",
+        group=AUTOCORRELATION,
+        choices=("rademacher", "normal"),
+        bergson="index_cfg.projection_type",
+    )
+    projection_scale: str = option(
+        "jl",
+        "Divide the projection by the square root of its dimension, which keeps lengths (jl), or "
+        "make each of its rows a unit vector.",
+        group=AUTOCORRELATION,
+        choices=("jl", "row_norm"),
+        bergson="index_cfg.projection_scale",
+    )
+    projection_target: str = option(
+        "per_module",
+        "One Hessian per module, or one of the sum of the modules' projections.",
+        group=AUTOCORRELATION,
+        choices=("per_module", "global"),
+        bergson="index_cfg.projection_target",
+    )
+    projection_seed: int | None = option(
+        None,
+        "Seed of the projection; another seed gives other matrices.",
+        group=AUTOCORRELATION,
+        kind="integer",
+        metavar="N",
+        minimum=0,
+        default_text="none, as bergson's",
+        bergson="index_cfg.projection_seed",
+    )
+    reshape_to_square: bool = option(
+        False,
+        "Record this option of bergson's, which in 2.5.1 changes no number there, nor here.",
+        group=AUTOCORRELATION,
+        bergson="index_cfg.reshape_to_square",
+    )
+    attribute_tokens: bool = option(
+        False,
+        "Sum over the gradients of tokens instead of over those of documents.",
+        group=AUTOCORRELATION,
+        bergson="index_cfg.attribute_tokens",
+    )
+    split_attention_modules: tuple[str, ...] = option(
+        (),
+        "Modules to split into heads, each with a Hessian of its own: names or globs.",
+        group=AUTOCORRELATION,
+        metavar="GLOB",
+        default_text="none",
+        bergson="index_cfg.split_attention_modules",
+    )
+    num_heads: int = option(
+        0,
+        "Heads of the modules that are split.",
+        group=AUTOCORRELATION,
+        metavar="N",
+        unit="heads",
+        minimum=0,
+        bergson="index_cfg.attention.num_heads",
+    )
+    head_size: int = option(
+        0,
+        "Output features of a head.",
+        group=AUTOCORRELATION,
+        metavar="N",
+        unit="features",
+        minimum=0,
+        bergson="index_cfg.attention.head_size",
+    )
+    head_dim: int = option(
+        2,
+        "Axis of the heads in gradients of [document, position, feature]: 2 is the only one that "
+        "can be split.",
+        group=AUTOCORRELATION,
+        metavar="AXIS",
+        bergson="index_cfg.attention.head_dim",
+    )
+    normalizer: str = option(
+        "none",
+        "Divide gradients by root mean squares, dense (adam) or of rank one (adafactor), which a "
+        "first pass estimates from the data.",
+        group=AUTOCORRELATION,
+        choices=("none", "adam", "adafactor"),
+    )
+    optimizer_state: str | None = option(
+        None,
+        "Take the normalizers from a training run: torch's optimizer.pt, or an Orbax checkpoint "
+        "of an optax state.",
+        group=AUTOCORRELATION,
+        metavar="PATH",
+        default_text="none",
+        bergson="index_cfg.optimizer_state",
     )
 
     token_batch_size: int = option(
@@ -365,7 +474,24 @@ class ComputeConfig:
     @property
     def takes_dataset_labels(self) -> bool:
         """Whether labels are the data set's, whichever way it was asked for."""
-        return self.use_dataset_labels or self.fisher_type == "dataset"
+        default = "sampled" if self.is_factored else "dataset"
+        return self.use_dataset_labels or (self.fisher_type or default) == "dataset"
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the method is made of Kronecker factors, rather than of dense Grams."""
+        return self._method.factored
+
+    @property
+    def gradient_reduction(self) -> Literal["sum", "mean", "mean_gradient"]:
+        """How `--loss_reduction` scales gradients, as `NextTokenLoss` names it.
+
+        With mean, bergson divides by the number of labelled positions where gradients are wanted,
+        and by its square root where a factored curvature is.
+        """
+        if self.loss_reduction == "sum":
+            return "sum"
+        return "mean" if self.is_factored else "mean_gradient"
 
     @property
     def needs_float64(self) -> bool:
@@ -378,75 +504,9 @@ class ComputeConfig:
         Raises:
             ConfigError: With one line: what clashes and what to change.
         """
-        if not self.run_path.strip():
-            raise ConfigError("RUN_PATH is empty; give the folder to write, such as runs/demo")
-        if self.is_demo:
-            for name in ("revision", "tokenizer", "subset"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"--{name} says nothing about the embedded demo; "
-                        "give --model and --dataset with it, or leave it out"
-                    )
-        elif self.model is None or self.dataset is None:
-            given, missing = ("model", "dataset") if self.model else ("dataset", "model")
-            raise ConfigError(
-                f"--{given} is given without --{missing}; "
-                "give both, or neither for the embedded demo"
-            )
-        if self.completion_column and self.conversation_column:
-            raise ConfigError(
-                "--completion_column and --conversation_column exclude each other; give one"
-            )
-        if not self.prompt_column and not self.conversation_column:
-            raise ConfigError("--prompt_column is empty; name the column that holds the text")
-        if self._method.ev_correction and self.ev_correction is False:
-            raise ConfigError(
-                f"--method {self.method} includes the eigenvalue correction, "
-                "yet --ev_correction is false; use --method kfac"
-            )
-        self._validate_loss()
-        self._validate_chunks()
+        from jhessians.validation import check_together
 
-    def _validate_loss(self) -> None:
-        if self.normalize_trace and self.method != "tkfac":
-            raise ConfigError(
-                f"--normalize_trace belongs to --method tkfac, not {self.method}; leave it out"
-            )
-        if self.use_dataset_labels and self.fisher_type == "sampled":
-            raise ConfigError(
-                "--use_dataset_labels contradicts --fisher_type sampled; give one of them"
-            )
-        if self.takes_dataset_labels and self.mc_samples > 1:
-            raise ConfigError(
-                f"--mc_samples {self.mc_samples} draws labels, yet they are the data set's; "
-                "use --fisher_type sampled or leave it out"
-            )
-        if not self.takes_dataset_labels:
-            for name, given in (("loss_fn log_odds", self.loss_fn == "log_odds"),
-                                ("label_smoothing", self.label_smoothing > 0)):  # fmt: skip
-                if given:
-                    raise ConfigError(
-                        f"--{name} is for the data set's labels, while these are sampled; "
-                        "add --fisher_type dataset"
-                    )
-
-    def _validate_chunks(self) -> None:
-        if self.chunk_length == 0:
-            return
-        if self.chunk_length == 1:
-            raise ConfigError("--chunk_length 1 leaves no token to predict; give 2 or more")
-        if self.truncation:
-            raise ConfigError("--chunk_length and --truncation exclude each other; give one")
-        if self.completion_column or self.conversation_column:
-            column = "completion_column" if self.completion_column else "conversation_column"
-            raise ConfigError(
-                f"--chunk_length joins plain text and cannot follow --{column}; leave one out"
-            )
-        if self.chunk_length > self.token_batch_size:
-            raise ConfigError(
-                f"--chunk_length {self.chunk_length} exceeds "
-                f"--token_batch_size {self.token_batch_size}; raise the one or lower the other"
-            )
+        check_together(self)
 
     def resolved_dict(self) -> dict[str, Any]:
         """Every option under its name, in plain YAML types; `from_dict` reads it back."""

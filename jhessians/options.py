@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from jhessians.errors import ConfigError
@@ -166,6 +167,20 @@ def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     """`; did you mean ...?` for a near miss, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(prefix + each for each in close)}?" if close else ""
+
+
+def matching(flag: str, patterns: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The modules that the globs of an option stand for, in the modules' order.
+
+    Raises:
+        ConfigError: If a pattern matches nothing, with near misses.
+    """
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            hint = did_you_mean(pattern, names) or f"; there is {names[0]}, for example"
+            raise ConfigError(f"--{flag} {pattern!r} matches none of {len(names)} modules{hint}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def markdown_table(config_class: type) -> str:

@@ -1,15 +1,16 @@
-"""`compute`: load → covariances → eigendecompositions → correction, each exported as it is done."""
+"""`compute`: load model and data, let the method fit and write its Hessian, describe the run."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 import converters.hub
+import converters.parameter_order
 import converters.registry
 from jhessians import demo
 from jhessians.config import ComputeConfig
@@ -17,33 +18,25 @@ from jhessians.data.batching import Batch, BatchPlan, iterate_batches, plan_batc
 from jhessians.data.documents import Documents
 from jhessians.data.sources import DataOptions, load_documents
 from jhessians.errors import CheckpointError, ConfigError
-from jhessians.factors import Kinds
-from jhessians.fitting import fit_stages
-from jhessians.folds.covariance import Covariance, FactorFold
-from jhessians.folds.shampoo import Shampoo
-from jhessians.folds.tkfac import TraceCovariance
-from jhessians.interop.export import write_config, write_kind, write_totals
+from jhessians.interop.export import write_config
 from jhessians.interop.layout import DTYPES
 from jhessians.mesh import make_mesh, start_hosts
+from jhessians.methods import FITS
 from jhessians.models.loss import NextTokenLoss
-from jhessians.options import did_you_mean
+from jhessians.options import matching
 from jhessians.progress import Progress
 from jhessians.provenance import config_document
-from jhessians.report.summary import Summary, measure_trees, next_steps
+from jhessians.report.next_steps import next_steps
+from jhessians.report.summary import Summary, measure_trees
+from jhessians.run import Run
 from jhessians.rundir import RunDirectory
 from jhessians.stages import Problem
 from jhessians.tape import Site
 from jhessians.traversal import find_sites, restrict
 
-FACTOR_FOLDS: dict[str, Callable[[ComputeConfig, np.dtype], FactorFold]] = {
-    "kfac": lambda config, dtype: Covariance(dtype),
-    "tkfac": lambda config, dtype: TraceCovariance(dtype, config.normalize_trace),
-    "shampoo": lambda config, dtype: Shampoo(dtype),
-}
-
 
 def compute(config: ComputeConfig, progress: Progress) -> Summary:
-    """Fit the factors that `config` asks for and write them under its run path.
+    """Fit the Hessian that `config` asks for and write it under its run path.
 
     Every process of a run on several hosts calls this; the first one writes.
 
@@ -57,16 +50,17 @@ def compute(config: ComputeConfig, progress: Progress) -> Summary:
     mesh = make_mesh(config.world_size)
     with RunDirectory(config.run_path, config.overwrite, writer=first) as part:
         run = _prepare(config, mesh, progress, part)
-        run.fit()
-        run.write_description()
+        FITS[config.bergson_method](run)
+        _write_config(run)
     trees, disk_bytes = measure_trees(config.run_path)
     shell, python = next_steps(
-        config, model=run.model_name, dataset=run.dataset_name, shards=run.shards,
+        run.config, model=run.model_name, dataset=run.dataset_name, shards=run.shards,
         model_max_length=run.longest,
     )  # fmt: skip
     return Summary(
         run_path=config.run_path,
         method=config.method,
+        product="factors" if config.is_factored else "Hessians",
         modules=sum(len(site.module_names()) for site in run.problem.sites.values()),
         documents=len(run.documents),
         skipped_documents=run.plan.skipped,
@@ -75,77 +69,19 @@ def compute(config: ComputeConfig, progress: Progress) -> Summary:
         timings=progress.timings,
         trees=trees,
         disk_bytes=disk_bytes,
+        warnings=run.warnings,
         next_shell=shell,
         next_python=python,
     )
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run's inputs, and the stages that turn them into files."""
-
-    config: ComputeConfig
-    progress: Progress
-    part: Path
-    mesh: Mesh
-    model_name: str
-    dataset_name: str
-    documents: Documents
-    plan: BatchPlan
-    longest: int
-    problem: Problem
-
-    @property
-    def shards(self) -> int:
-        return self.config.num_shards or self.mesh.size
-
-    def fit(self) -> None:
-        """All stages, each exported before the next one needs its memory."""
-        # Wide enough to sum in, even where results are stored in 16 bits.
-        dtype = np.promote_types(np.float32, DTYPES[self.config.hessian_dtype][1])
-        stages = fit_stages(
-            self.problem,
-            _Batches(self.documents, self.plan),
-            positions=self.documents.positions,
-            documents=len(self.documents),
-            method=FACTOR_FOLDS[self.config.bergson_method](self.config, dtype),
-            correct_eigenvalues=self.config.corrects_eigenvalues,
-            dtype=dtype,
-            progress=self.progress,
-        )
-        for kinds in stages:
-            self._export(kinds)
-
-    def write_description(self) -> None:
-        """Position counts, the seed's small files, and the configuration that replays the run."""
-        config = self.config
-        write_totals(
-            self.part,
-            layout=config.layout,
-            total_processed=self.documents.positions,
-            corrected=config.corrects_eigenvalues,
-            include_bias=config.include_bias,
-        )
-        document = config_document(
-            config, model=self.model_name, dataset=self.dataset_name, shards=self.shards,
-            processes=jax.process_count(), devices=[str(d) for d in self.mesh.devices.flat],
-        )  # fmt: skip
-        write_config(self.part, document, config.resolved_dict(), layout=config.layout)
-
-    def _export(self, kinds: Kinds) -> None:
-        with self.progress.stage("Export", len(kinds), "kinds of factor") as stage:
-            for kind, tensors in kinds.items():
-                write_kind(
-                    self.part,
-                    kind,
-                    tensors,
-                    layout=self.config.layout,
-                    shards=self.shards,
-                    dtype=self.config.hessian_dtype,
-                    n_docs=len(self.documents),
-                    total_processed=self.documents.positions,
-                )
-                stage.advance()
+def _write_config(run: Run) -> None:
+    """The configuration that replays the run, and says where it ran."""
+    document = config_document(
+        run.config, model=run.model_name, dataset=run.dataset_name, shards=run.shards,
+        processes=jax.process_count(), devices=[str(d) for d in run.mesh.devices.flat],
+    )  # fmt: skip
+    write_config(run.part, document, run.config.resolved_dict(), layout=run.config.layout)
 
 
 @dataclass(frozen=True)
@@ -167,7 +103,8 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
     model_name = str(demo.MODEL) if config.is_demo else str(config.model)
     dataset_name = str(demo.DATASET) if config.is_demo else str(config.dataset)
     folder = converters.hub.find(model_name, config.revision).folder
-    shape = converters.decoder_config(converters.registry.read_config(folder))
+    settings = converters.registry.read_config(folder)
+    shape = converters.decoder_config(settings)
     with progress.stage("Data"):
         tokenizer = _tokenizer(config, model_name)
         documents = load_documents(
@@ -193,15 +130,20 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
         ).model
     loss = NextTokenLoss(
         labels="dataset" if config.takes_dataset_labels else "sampled",
-        reduction="mean" if config.loss_reduction == "mean" else "sum",
+        reduction=config.gradient_reduction,
         seed=config.seed,
         draws=config.mc_samples,
         function="log_odds" if config.loss_fn == "log_odds" else "cross_entropy",
         label_smoothing=config.label_smoothing,
     )
-    example = next(iter(_Batches(documents, plan)))
+    batches = _Batches(documents, plan)
+    example = next(iter(batches))
     sites = find_sites(loss, model, example, include_bias=config.include_bias)
     sites = _select(sites, config)
+    names = [name for site in sites.values() for name in site.module_names()]
+    split = matching("split_attention_modules", config.split_attention_modules, names)
+    # As names: bergson takes no globs here.
+    config = replace(config, split_attention_modules=tuple(split))
     problem = Problem(loss, model, sites, mesh=spread, draws=config.mc_samples)
     return Run(
         config,
@@ -212,7 +154,9 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
         dataset_name,
         documents,
         plan,
+        batches,
         shape.positions,
+        partial(converters.parameter_order.named_parameters, settings),
         problem,
     )
 
@@ -248,13 +192,8 @@ def _select(sites: Mapping[str, Site], config: ComputeConfig) -> dict[str, Site]
     """
     names = [name for site in sites.values() for name in site.module_names()]
     leave_out = [p.strip() for p in (config.filter_modules or "").split(",") if p.strip()]
-    for flag, patterns in (("modules", config.modules), ("filter_modules", leave_out)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                hint = did_you_mean(pattern, names) or f"; there is {names[0]}, for example"
-                raise ConfigError(
-                    f"--{flag} {pattern!r} matches none of {len(names)} modules{hint}"
-                )
+    matching("modules", config.modules, names)
+    matching("filter_modules", leave_out, names)
 
     def wanted(name: str) -> bool:
         taken = not config.modules or any(fnmatchcase(name, p) for p in config.modules)

@@ -11,6 +11,7 @@ from jhessians.interop.export import write_config
 from jhessians.options import markdown_table, options_of
 from jhessians.provenance import CONFIG_FILE, config_document, to_bergson_dict
 
+DENSE = {"method": "autocorrelation"}
 REAL = {"model": "org/model", "dataset": "docs.jsonl"}
 
 # Every option at a value other than its default.
@@ -50,6 +51,23 @@ CHANGED = ComputeConfig(
     debug=True,
 )
 
+# The same for the options that belong to the dense method.
+CHANGED_DENSE = ComputeConfig(
+    run_path="runs/x",
+    **REAL,
+    method="autocorrelation",
+    projection_dim=8,
+    projection_type="normal",
+    projection_scale="row_norm",
+    projection_target="global",
+    projection_seed=3,
+    attribute_tokens=True,
+    split_attention_modules=("layers.0.attention.query_key_value",),
+    num_heads=4,
+    head_size=12,
+    optimizer_state="runs/trained",
+)
+
 
 def written(tmp_path, config, **more):
     arguments = {"model": "org/model", "dataset": "docs.jsonl", "shards": 3} | more
@@ -63,9 +81,11 @@ def test_changed_config_changes_everything_it_can():
         each.name
         for each in options_of(ComputeConfig)
         if getattr(CHANGED, each.name) == getattr(default, each.name)
+        and getattr(CHANGED_DENSE, each.name) == getattr(default, each.name)
     }
-    # These exclude options that are set above.
-    assert same == {"conversation_column", "chunk_length", "mc_samples"}
+    # These exclude options that are set above, or have but one value.
+    assert same == {"conversation_column", "chunk_length", "mc_samples", "reshape_to_square",
+                    "normalizer", "head_dim"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -73,6 +93,7 @@ def test_changed_config_changes_everything_it_can():
     [
         ComputeConfig(run_path="runs/demo"),
         CHANGED,
+        CHANGED_DENSE,
         ComputeConfig(run_path="r", **REAL, conversation_column="chat", prompt_column=""),
         ComputeConfig(run_path="r", **REAL, chunk_length=64),
     ],
@@ -126,6 +147,31 @@ def test_every_method_is_a_choice():
         (REAL | {"chunk_length": 64, "completion_column": "a"}, "--completion_column"),
         ({"ev_correction": False}, "use --method kfac"),
         ({"run_path": "  "}, "RUN_PATH is empty"),
+        ({"projection_dim": 8}, "--projection_dim belongs to --method autocorrelation, not ekfac"),
+        ({"method": "kfac", "attribute_tokens": True}, "--attribute_tokens belongs to"),
+        ({"method": "shampoo", "split_attention_modules": ("*",)}, "belongs to"),
+        ({"method": "tkfac", "normalizer": "adam"}, "--normalizer belongs to"),
+        (DENSE | {"ev_correction": True}, "--ev_correction corrects Kronecker factors"),
+        (DENSE | {"num_shards": 2}, "--num_shards splits Kronecker factors"),
+        (DENSE | {"normalize_trace": True}, "belongs to --method tkfac"),
+        (DENSE | {"projection_target": "global"}, "says nothing without a projection"),
+        (DENSE | {"projection_type": "normal"}, "--projection_type says nothing"),
+        (DENSE | {"projection_seed": 1}, "--projection_seed says nothing"),
+        (DENSE | {"reshape_to_square": True}, "--reshape_to_square says nothing"),
+        (
+            DENSE | {"projection_dim": 8, "projection_target": "global", "reshape_to_square": True},
+            "--reshape_to_square reshapes a module's gradient",
+        ),
+        (DENSE | {"split_attention_modules": ("*",), "num_heads": 2}, "needs --head_size"),
+        (DENSE | {"split_attention_modules": ("*",), "head_size": 2}, "needs --num_heads"),
+        (DENSE | {"num_heads": 2}, "--num_heads says nothing without --split_attention_modules"),
+        (
+            DENSE
+            | {"split_attention_modules": ("*",), "num_heads": 2, "head_size": 8, "head_dim": 0},
+            "--head_dim 0 is no axis of features",
+        ),
+        (DENSE | {"normalizer": "adam", "optimizer_state": "x"}, "give one"),
+        (DENSE | {"mc_samples": 2}, "--mc_samples 2 draws labels"),
     ],
 )
 def test_clashes(options, words):
@@ -250,6 +296,34 @@ def test_bergson_reads_our_config(tmp_path):
     # `bergson RUN/config.yaml` refuses what it does not know.
     ((name, command),) = parse_steps(read_config(tmp_path)["steps"], {"hessian": Hessian})
     assert name == "hessian" and command.index_cfg == expected
+
+
+def test_bergson_reads_our_dense_config(tmp_path):
+    from bergson.config import HessianConfig, IndexConfig
+    from bergson.config.config import AttentionConfig
+    from bergson.config.config_io import load_subconfig
+
+    written(tmp_path, CHANGED_DENSE)
+    assert load_subconfig(tmp_path, "hessian_cfg", HessianConfig) == HessianConfig(
+        method="autocorrelation", ev_correction=False, use_dataset_labels=True
+    )
+    index = load_subconfig(tmp_path, "index_cfg", IndexConfig)
+    expected = {
+        "projection_dim": 8, "projection_type": "normal", "projection_scale": "row_norm",
+        "projection_target": "global", "projection_seed": 3, "attribute_tokens": True,
+        "split_attention_modules": ["layers.0.attention.query_key_value"],
+        "attention": AttentionConfig(num_heads=4, head_size=12, head_dim=2),
+        "optimizer_state": "runs/trained",
+    }  # fmt: skip
+    assert {name: getattr(index, name) for name in expected} == expected
+
+
+def test_labels_are_the_data_sets_for_the_dense_method_unless_asked():
+    dense = ComputeConfig(run_path="r", method="autocorrelation")
+    assert dense.takes_dataset_labels and not ComputeConfig(run_path="r").takes_dataset_labels
+    assert not ComputeConfig(
+        run_path="r", method="autocorrelation", fisher_type="sampled"
+    ).takes_dataset_labels
 
 
 def test_bergson_reads_our_defaults_as_its_own(tmp_path):

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from jhessians.config import ComputeConfig
 from jhessians.progress import Progress
-from jhessians.report.summary import Summary, Tree, measure_trees, next_steps, render
+from jhessians.report.next_steps import next_steps
+from jhessians.report.summary import Summary, Tree, measure_trees, render
 from jhessians.report.units import bytes_in_words, rate_in_words, seconds_in_words
 
 

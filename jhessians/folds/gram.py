@@ -98,6 +98,7 @@ class JointGram:
         u, v, factor = self.rows.factors(site, a, g, operands, context)
         blocks = len(self.rows.global_keys(site, "")) // self.rows.head_count(site)
         keys = self.rows.unit_keys(site, operands, context, count=blocks)
+        assert keys is not None
         shares = jax.vmap(self.rows.global_share, in_axes=(0, None, 0, 0))(u, v, factor, keys)
         return shares.sum(0)
 

@@ -143,8 +143,7 @@ class GradientRows:
             if factor is not None:
                 rows *= factor.reshape((1,) * (rows.ndim - 2) + factor.shape)
             return rows.reshape(*rows.shape[:-2], -1)
-        left = self.projection.matrix(keys[0], u.shape[-1], self.dtype)
-        right = self.projection.matrix(keys[1], v.shape[-1], self.dtype)
+        left, right = self.projection.matrices(keys, (u.shape[-1], v.shape[-1]), self.dtype)
         if factor is None:
             rows = _outer(u @ left.T, v @ right.T, tokens=self.tokens)
         elif self.tokens:
@@ -190,13 +189,12 @@ class GradientRows:
             return None
         heads = self.head_count(site)
 
-        def outputs(x: Array | None) -> Array | None:
-            if x is None:
-                return None
-            whole = context.gather_rows(x, site.out_features)
+        def outputs(x: Array | np.ndarray) -> Array:
+            whole = context.gather_rows(jnp.asarray(x), site.out_features)
             return whole.reshape(heads, -1, *whole.shape[1:])
 
-        bias = outputs(normalizer.bias_avg_sq)
+        bias = normalizer.bias_avg_sq
+        bias = None if bias is None else outputs(bias)
         if isinstance(normalizer, AdamNormalizer):
             return AdamNormalizer(outputs(normalizer.weight_avg_sq), bias)
         columns = context.gather_rows(normalizer.col, site.in_features)

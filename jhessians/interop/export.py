@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import yaml
 
+from jhessians.errors import OutputError
 from jhessians.interop import torchfile
 from jhessians.interop.layout import (
     HESSIAN_CFG_KEYS,
@@ -24,7 +25,15 @@ from jhessians.interop.layout import (
     Layout,
     kind_folder,
 )
-from jhessians.interop.shards import link_or_copy, raise_together, write_sharded
+from jhessians.interop.processor import (
+    CONFIG_FILE as PROCESSOR_FILE,
+)
+from jhessians.interop.processor import (
+    LEGACY_CONFIG_FILE,
+    GradientProcessor,
+)
+from jhessians.interop.processor_files import LEGACY_NAMES
+from jhessians.interop.shards import link_file, link_or_copy, raise_together, write_sharded
 from jhessians.interop.sources import ArraySource, ScaledSource, TensorSource
 
 __all__ = [
@@ -35,6 +44,7 @@ __all__ = [
     "link_or_copy",
     "write_config",
     "write_kind",
+    "write_processor",
     "write_sharded",
     "write_totals",
 ]
@@ -115,9 +125,45 @@ def write_totals(
                     torchfile.save(count, root / SEED_ROOT / name)
                 for name in ("normalizers.pth", "preconditioners.pth"):
                     torchfile.save({}, root / name)
-                _write_json(root / "processor_config.json", _seed_processor(include_bias))
+                processor = GradientProcessor(include_bias=include_bias)
+                _write_json(root / LEGACY_CONFIG_FILE, _seed_settings(processor))
         except OSError as error:
             failure = error
+    raise_together(failure, root)
+
+
+def write_processor(
+    root: Path, processor: GradientProcessor, *, layout: Layout, total_processed: int
+) -> None:
+    """Write autocorrelation Hessians: bergson's files, their older names, or both, linked.
+
+    Args:
+        root: The run directory.
+        processor: Everything.
+        layout: Which names.
+        total_processed: Masked positions over the data set.
+
+    Raises:
+        OutputError: If the disk is full, read-only or not ours.
+    """
+    failure: OSError | None = None
+    if jax.process_index() == 0:
+        try:
+            processor.save(root)
+            torchfile.save(np.array(total_processed, np.int64), root / TOTAL_FILE)
+            if layout != "bergson":
+                for name, older in LEGACY_NAMES.items():
+                    link_file(root / name, root / older)
+                _write_json(root / LEGACY_CONFIG_FILE, _seed_settings(processor))
+            if layout == "seed":
+                for name in (*LEGACY_NAMES, PROCESSOR_FILE):
+                    (root / name).unlink()
+        except OSError as error:
+            failure = error
+        except OutputError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            failure = error.__cause__
     raise_together(failure, root)
 
 
@@ -211,15 +257,16 @@ def _check_bergson_knows(command: Mapping[str, Any]) -> None:
         raise ValueError(f"bergson does not know {sorted(unknown)}; put them at the top level")
 
 
-def _seed_processor(include_bias: bool) -> dict[str, Any]:
-    """The seed's processor file; its reader took exactly these keys and raised on others."""
-    values = {
-        "projection_dim": None,
-        "reshape_to_square": False,
-        "projection_type": "rademacher",
+def _seed_settings(processor: GradientProcessor) -> dict[str, Any]:
+    """The seed's processor file; its reader took exactly these three keys and raised on others."""
+    always = ("projection_dim", "reshape_to_square", "projection_type")
+    defaults = GradientProcessor().settings
+    # Later readers know the rest; the first ones knew no gradients that were made that way.
+    return {
+        name: value
+        for name, value in processor.settings.items()
+        if name in always or value != defaults[name]
     }
-    # Later readers know the bias; the first ones knew no factors that had one.
-    return values | ({"include_bias": True} if include_bias else {})
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

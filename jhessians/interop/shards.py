@@ -104,7 +104,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         try:
             _make_empty(target)
             for entry in sorted(source.iterdir()):
-                _link_file(entry, target / entry.name)
+                link_file(entry, target / entry.name)
         except OSError as error:
             failure = error
     raise_together(failure, target)
@@ -206,7 +206,8 @@ def _make_empty(folder: Path) -> None:
         stale.unlink()
 
 
-def _link_file(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
+    """Give a file a second name, or a copy where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError as error:

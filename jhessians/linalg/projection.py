@@ -21,10 +21,11 @@ References:
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -77,11 +78,25 @@ class Projection:
         """Columns of a block of a global matrix; each block has a name of its own."""
         return max(1, GLOBAL_BLOCK // self.dimension)
 
-    def matrix(
-        self, key: UInt32[Array | np.ndarray, "2"], columns: int, dtype: DTypeLike
-    ) -> Float[Array, "p c"]:
-        """A whole matrix, scaled."""
-        entries = random_entries(key, self.dimension, columns, self.kind).astype(dtype)
+    def matrices(
+        self,
+        keys: UInt32[Array | np.ndarray, "k 2"],
+        columns: Sequence[int],
+        dtype: DTypeLike = jnp.float32,
+    ) -> list[Float[Array, "p _"]]:
+        """Whole matrices [p, columns], scaled, one for each key.
+
+        Made together, as the beginnings of matrices of one width: the generator's few hundred
+        operations are compiled once for all of them.
+        """
+
+        def make(key: UInt32[Array, "2"]) -> Float[Array, "p c"]:
+            return random_entries(key, self.dimension, max(columns), self.kind)
+
+        entries = jax.vmap(make)(jnp.asarray(keys)).astype(dtype)
+        return [self._scaled(entries[i, :, :width]) for i, width in enumerate(columns)]
+
+    def _scaled(self, entries: Float[Array, "p c"]) -> Float[Array, "p c"]:
         if self.scale == "jl":
             return entries / math.sqrt(self.dimension)
         return entries / jnp.sqrt(jnp.square(entries).sum(1, keepdims=True))
@@ -242,7 +257,8 @@ def project_global(
         return (total + jnp.einsum("nhi,phi->np", gradient, grid), squares), None
 
     zeros = jnp.zeros((n, s, p) if tokens else (n, p), u.dtype)
-    (total, squares), _ = lax.scan(step, (zeros, jnp.zeros((p,), u.dtype)), chunks)
+    steps = jax.tree.map(jnp.asarray, chunks)
+    (total, squares), _ = lax.scan(step, (zeros, jnp.zeros((p,), u.dtype)), steps)
     if projection.scale == "jl":
         return total / math.sqrt(p)
     return total / jnp.sqrt(squares).reshape((1,) * (total.ndim - 1) + (p,))

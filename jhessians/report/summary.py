@@ -1,15 +1,12 @@
-"""The closing summary of a run: what was computed, where it lies and what to do with it."""
+"""The closing summary of a run: what was computed, where it lies and how long it took."""
 
 from __future__ import annotations
 
-import os
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
 
-from jhessians.config import ComputeConfig
 from jhessians.report.units import bytes_in_words, count_in_words, seconds_in_words
 
 WIDTH = 80
@@ -40,7 +37,7 @@ class Summary:
     Attributes:
         run_path: Folder with the results.
         method: As typed after `--method`.
-        modules: Number of linears with factors.
+        modules: Number of linears recorded.
         documents: Documents in the data set.
         skipped_documents: Those of them under 2 tokens.
         positions: Positions processed, bergson's `total_processed`.
@@ -48,8 +45,9 @@ class Summary:
         timings: Seconds by stage, `Progress.timings`.
         trees: Every file tree written, see `measure_trees`.
         disk_bytes: Space taken on disk, hard links counted once.
+        product: What was fitted, in the plural.
         warnings: One line each.
-        next_shell: A command that consumes the result, see `next_steps`.
+        next_shell: A command that consumes the result, see `jhessians.report.next_steps`.
         next_python: The same from Python.
     """
 
@@ -63,6 +61,7 @@ class Summary:
     timings: Mapping[str, float]
     trees: Sequence[Tree]
     disk_bytes: int
+    product: str = "factors"
     warnings: Sequence[str] = field(default_factory=tuple)
     next_shell: str = ""
     next_python: str = ""
@@ -101,104 +100,6 @@ def _measure(name: str, files: Iterable[Path], seen: set[tuple[int, int]]) -> Tr
     return Tree(name, count, size, shared)
 
 
-def next_steps(
-    config: ComputeConfig,
-    *,
-    model: str,
-    dataset: str,
-    shards: int,
-    model_max_length: int | None = None,
-) -> tuple[str, str]:
-    """Commands that hand the factors to torch bergson 2.5.1.
-
-    Args:
-        config: The run's options.
-        model: Name or folder of the model, the demo's too.
-        dataset: The same for the data set.
-        shards: Files per factor; `bergson ekfac` needs as many processes.
-        model_max_length: Tokens that the model's positions allow; bergson refuses a larger
-            token batch.
-
-    Returns:
-        A shell command that scores the data set against itself, and Python that loads the
-        preconditioner. The command is empty with `--modules`, which bergson does not know: it
-        would score the other modules without a preconditioner, in silence. Both are empty with
-        `--layout seed`, which bergson 2.5.1 does not read.
-    """
-    python = (
-        "from bergson.hessians.preconditioner import FactoredPreconditioner\n"
-        f"FactoredPreconditioner.from_path({config.run_path!r}"
-        + (", ev_correction=True)" if config.corrects_eigenvalues else ")")
-    )
-    if config.layout == "seed":
-        return "", ""
-    if config.modules:
-        return "", python
-    run_path = Path(config.run_path)
-    method = config.bergson_method
-    lines = []
-    if run_path.parts[-2:] == ("hessian", method):
-        scores = os.fspath(run_path.parent.parent)
-    else:
-        # bergson looks for the factors in RUN/hessian/<method>: lead it to ours.
-        scores = f"{run_path}-scores"
-        lines.append(f"mkdir -p {shlex.quote(f'{scores}/hessian')}")
-        words = [shlex.quote(os.path.abspath(run_path)), shlex.quote(f"{scores}/hessian/{method}")]
-        lines.append(_continued("ln -sfn", words))
-    flags = _bergson_flags(config, model, dataset, model_max_length)
-    flags["nproc_per_node"] = str(shards)
-    words = [f"--{name} {shlex.quote(value)}" for name, value in flags.items()]
-    lines.append(_continued(f"bergson ekfac {shlex.quote(scores)}", words))
-    return "\n".join(lines), python
-
-
-def _bergson_flags(
-    config: ComputeConfig, model: str, dataset: str, model_max_length: int | None
-) -> dict[str, str]:
-    """Flags of `bergson ekfac` by name, only those that its own defaults do not cover."""
-    flags = {"method": config.bergson_method, "resume": "true", "model": model}
-    flags |= {"data.dataset": dataset, "query.dataset": dataset}
-    if config.corrects_eigenvalues:
-        flags["hessian_cfg.ev_correction"] = "true"
-    tokens = min(config.token_batch_size, model_max_length or config.token_batch_size)
-    # name in bergson, value, bergson's default
-    candidates: list[tuple[str, object, object]] = [
-        ("revision", config.revision, None),
-        ("tokenizer", config.tokenizer, None),
-        ("index_cfg.precision", config.precision, "fp32"),
-        ("loss_reduction", config.loss_reduction, "sum"),
-        ("include_bias", config.include_bias, False),
-        ("filter_modules", config.filter_modules, None),
-        ("fsdp", config.fsdp, False),
-        ("token_batch_size", tokens, 2048),
-    ]
-    for source in ("data", "query"):
-        candidates += [
-            (f"{source}.split", config.split, "train"),
-            (f"{source}.subset", config.subset, None),
-            (f"{source}.prompt_column", config.prompt_column, "text"),
-            (f"{source}.completion_column", config.completion_column, ""),
-            (f"{source}.conversation_column", config.conversation_column, ""),
-            (f"{source}.truncation", config.truncation, False),
-            (f"{source}.chunk_length", config.chunk_length, 0),
-        ]
-    for name, value, default in candidates:
-        if value != default:
-            flags[name] = str(value).lower() if isinstance(value, bool) else str(value)
-    return flags
-
-
-def _continued(head: str, words: Sequence[str]) -> str:
-    """A shell command over several lines, each short enough for `render`'s indent."""
-    lines = [head]
-    for word in words:
-        if len(lines[-1]) + len(word) + 1 > WIDTH - 6:
-            lines.append("    " + word)
-        else:
-            lines[-1] += " " + word
-    return " \\\n".join(lines)
-
-
 def render(summary: Summary) -> str:
     """The summary as text for a terminal of 80 columns; only paths may run over."""
     total = sum(summary.timings.values())
@@ -211,7 +112,7 @@ def render(summary: Summary) -> str:
         "devices": summary.devices,
         "time": seconds_in_words(total),
     }
-    lines = [f"{summary.method} factors are in {summary.run_path}", ""]
+    lines = [f"{summary.method} {summary.product} are in {summary.run_path}", ""]
     lines += [f"  {name:<9}{value}" for name, value in facts.items()]
     if summary.timings:
         lines += ["", "  Time per stage"]

@@ -5,8 +5,8 @@ jobs as JSON lines from its first standard input, answers each with one JSON lin
 bergson's own command line inside. Everything bergson prints goes to the job's log.
 
 Two things are altered. Ranks start from a fork server that holds the imports instead of from new
-interpreters. And a job with `--max_batch_size` caps the batches of a Hessian fit, an option that
-bergson 2.5.1 accepts there and does not pass on.
+interpreters. And in a Hessian fit `--max_batch_size` caps the batches and `--attribute_tokens`
+reaches the collectors: options that bergson 2.5.1 accepts there and does not pass on.
 """
 
 import functools
@@ -43,21 +43,28 @@ def start_ranks_from_fork_server() -> None:
     )
 
 
-def capped_hessian_worker(
+def obedient_hessian_worker(
     rank: int, local_rank: int, world_size: int, index_cfg: Any, *args: Any
 ) -> None:
-    """bergson's `hessian_worker` with `index_cfg.max_batch_size` documents per batch at most."""
+    """bergson's `hessian_worker`, minding `max_batch_size` and `attribute_tokens` as well."""
     from bergson.data import allocate_batches
     from bergson.hessians import hessian_approximations as module
 
-    worker = getattr(module, "uncapped_hessian_worker", module.hessian_worker)
+    worker = getattr(module, "careless_hessian_worker", module.hessian_worker)
+    names = ("AutocorrelationCollector", "JointAutocorrelationCollector")
+    collectors = {name: getattr(module, name) for name in names}
     module.allocate_batches = functools.partial(
         allocate_batches, max_batch_size=index_cfg.max_batch_size
     )
+    for name, collector in collectors.items():
+        attributes = {"attribute_tokens": index_cfg.attribute_tokens}
+        setattr(module, name, functools.partial(collector, **attributes))
     try:
         worker(rank, local_rank, world_size, index_cfg, *args)
     finally:
         module.allocate_batches = allocate_batches
+        for name, collector in collectors.items():
+            setattr(module, name, collector)
 
 
 def run_command(job: dict[str, Any]) -> None:
@@ -68,9 +75,9 @@ def run_command(job: dict[str, Any]) -> None:
 
     torch.manual_seed(job["seed"])
     original = module.hessian_worker
-    if "--max_batch_size" in job["argv"]:
-        module.uncapped_hessian_worker = original
-        module.hessian_worker = capped_hessian_worker
+    if {"--max_batch_size", "--attribute_tokens"} & set(job["argv"]):
+        module.careless_hessian_worker = original
+        module.hessian_worker = obedient_hessian_worker
     sys.argv = ["bergson", *job["argv"]]
     try:
         main()

@@ -1,0 +1,68 @@
+"""Kronecker-factored methods: covariances, eigendecompositions, correction, each written in turn.
+
+Summing differs from method to method and is a fold's business; the rest is the same for all.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from jhessians.config import ComputeConfig
+from jhessians.factors import Kinds
+from jhessians.fitting import fit_stages
+from jhessians.folds.covariance import Covariance, FactorFold
+from jhessians.folds.shampoo import Shampoo
+from jhessians.folds.tkfac import TraceCovariance
+from jhessians.interop.export import write_kind, write_totals
+from jhessians.run import Run
+
+FACTOR_FOLDS: dict[str, Callable[[ComputeConfig, np.dtype], FactorFold]] = {
+    "kfac": lambda config, dtype: Covariance(dtype),
+    "tkfac": lambda config, dtype: TraceCovariance(dtype, config.normalize_trace),
+    "shampoo": lambda config, dtype: Shampoo(dtype),
+}
+
+
+def fit_run(run: Run) -> None:
+    """All stages, each exported before the next one needs its memory.
+
+    Raises:
+        NumericsError: If a loss or a covariance isn't finite.
+        OutputError: If the disk is full, read-only or not ours.
+    """
+    config = run.config
+    stages = fit_stages(
+        run.problem,
+        run.batches,
+        positions=run.documents.positions,
+        documents=len(run.documents),
+        method=FACTOR_FOLDS[config.bergson_method](config, run.dtype),
+        correct_eigenvalues=config.corrects_eigenvalues,
+        dtype=run.dtype,
+        progress=run.progress,
+    )
+    for kinds in stages:
+        _export(run, kinds)
+    write_totals(
+        run.part,
+        layout=config.layout,
+        total_processed=run.documents.positions,
+        corrected=config.corrects_eigenvalues,
+        include_bias=config.include_bias,
+    )
+
+
+def _export(run: Run, kinds: Kinds) -> None:
+    with run.progress.stage("Export", len(kinds), "kinds of factor") as stage:
+        for kind, tensors in kinds.items():
+            write_kind(
+                run.part,
+                kind,
+                tensors,
+                layout=run.config.layout,
+                shards=run.shards,
+                dtype=run.config.hessian_dtype,
+                n_docs=len(run.documents),
+                total_processed=run.documents.positions,
+            )
+            stage.advance()
