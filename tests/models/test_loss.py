@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+import torch
 from flax import nnx
 
 from jhessians.data.batching import Batch
@@ -25,6 +26,7 @@ class Head(Decoder):
     def __init__(self, states, head):
         self.states = nnx.Param(jnp.asarray(states, jnp.float32))
         self.head = nnx.Param(jnp.asarray(head, jnp.float32))
+        self.head_bias = None
         self.config = dataclasses.replace(decoder().config, vocabulary_size=len(head))
 
     def hidden(self, tokens, lengths=None):
@@ -62,7 +64,7 @@ def oracle(states, head, labels, reduction="sum"):
     value, gradient = 0.0, np.zeros_like(states)
     for n, row in enumerate(labels):
         positions = np.flatnonzero(row[1:] != -100)
-        weight = max(len(positions), 1) ** -0.5 if reduction == "mean" else 1.0
+        weight = max(len(positions), 1) ** {"sum": 0, "mean": -0.5, "mean_gradient": -1}[reduction]
         for t in positions:
             logits = head @ states[n, t]
             target = row[t + 1]
@@ -74,7 +76,7 @@ def oracle(states, head, labels, reduction="sum"):
 
 @pytest.mark.parametrize(
     ("reduction", "chunk"),
-    [("sum", 10**6), ("mean", 24 * V), ("mean", 7 * V), ("sum", 5 * V), ("sum", 1)],
+    [("sum", 10**6), ("mean", 24 * V), ("mean_gradient", 7 * V), ("mean", 5 * V), ("sum", 1)],
 )
 def test_equals_plain_cross_entropy(reduction, chunk, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk)
@@ -84,6 +86,26 @@ def test_equals_plain_cross_entropy(reduction, chunk, monkeypatch):
     assert value == pytest.approx(expected_value, rel=1e-6)
     assert relative_error(gradient, expected) < 1e-6
     assert np.abs(expected).max() > 0.1
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.2}, {"function": "log_odds"}])
+def test_other_losses_equal_torch(options):
+    states, head, batch = make()
+    value, gradient = value_and_gradient(NextTokenLoss("dataset", **options), states, head, batch)
+    wide = torch.tensor(states, requires_grad=True)
+    labelled = batch.labels[:, 1:] != -100
+    logits = (wide @ torch.tensor(head).T)[:, :-1][labelled]
+    targets = torch.tensor(batch.labels[:, 1:][labelled], dtype=torch.int64)
+    if "function" in options:
+        p = logits.softmax(-1).gather(-1, targets[:, None])
+        expected = -torch.log(p / (1 - p)).sum()
+    else:
+        expected = torch.nn.functional.cross_entropy(
+            logits, targets, label_smoothing=0.2, reduction="sum"
+        )
+    expected.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-6)
+    assert relative_error(gradient, wide.grad.numpy()) < 1e-6
 
 
 @pytest.mark.parametrize("labels", ["dataset", "sampled"])
