@@ -2,6 +2,8 @@
 
 import os
 import sys
+import time
+from contextlib import suppress
 from typing import NoReturn
 
 from jhessians.cli import main
@@ -15,6 +17,11 @@ def run() -> NoReturn:
         # crashes on the first and waits for the second.
         sys.stdout.flush()
         sys.stderr.flush()
+        with suppress(Exception):  # half imported, if the import was interrupted
+            if sys.modules["jax"].distributed.is_initialized():
+                # The first process coordinates the others, which die without it: they may want to
+                # say first what they know.
+                time.sleep(1)
         os._exit(code)
     sys.exit(code)
 

@@ -188,6 +188,8 @@ def _describe(error: BaseException) -> tuple[str, int]:
             return f"the disk is full{where}; free some space and run again", EXIT_INPUT
     if isinstance(error, MemoryError) or _is_out_of_device_memory(error):
         return "out of memory; try a smaller --token_batch_size, or --fsdp", EXIT_INPUT
+    if _is_loss_of_a_host(error):
+        return "another process of this run ended; see its own message", EXIT_INPUT
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename or error}; choose another path", EXIT_INPUT
     detail = shorten(f"{type(error).__name__}: {error}".removesuffix(": "), LONGEST_DETAIL)
@@ -207,10 +209,16 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_out_of_device_memory(error: BaseException) -> bool:
+    return _is_from_jax(error) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _is_loss_of_a_host(error: BaseException) -> bool:
+    # The words of the socket through which hosts talk.
+    words = ("closed by peer", "reset by peer")
+    return _is_from_jax(error) and any(each in str(error) for each in words)
+
+
+def _is_from_jax(error: BaseException) -> bool:
     # An error of JAX's cannot come up before JAX is imported, which --help never does.
     jax = sys.modules.get("jax")
-    return (
-        jax is not None
-        and isinstance(error, jax.errors.JaxRuntimeError)
-        and "RESOURCE_EXHAUSTED" in str(error)
-    )
+    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)

@@ -1,6 +1,7 @@
 """`compute`: load model and data, let the method fit and write its Hessian, describe the run."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -20,7 +21,7 @@ from jhessians.data.sources import DataOptions, load_documents
 from jhessians.errors import CheckpointError, ConfigError
 from jhessians.interop.export import write_config
 from jhessians.interop.layout import DTYPES
-from jhessians.mesh import make_mesh, start_hosts
+from jhessians.mesh import make_mesh, require_same, start_hosts, together
 from jhessians.methods import FITS
 from jhessians.models.loss import NextTokenLoss
 from jhessians.options import matching
@@ -48,11 +49,17 @@ def compute(config: ComputeConfig, progress: Progress) -> Summary:
     first = jax.process_index() == 0
     progress.quiet |= not first
     mesh = make_mesh(config.world_size)
-    with RunDirectory(config.run_path, config.overwrite, writer=first) as part:
+    with ExitStack() as stack:
+        with together():
+            directory = RunDirectory(config.run_path, config.overwrite, writer=first)
+            part = stack.enter_context(directory)
         run = _prepare(config, mesh, progress, part)
         FITS[config.bergson_method](run)
         _write_config(run)
-    trees, disk_bytes = measure_trees(config.run_path)
+        with together():
+            stack.close()
+    # Only the first process is sure to see the folder, and only it has something to say.
+    trees, disk_bytes = measure_trees(config.run_path) if first else ([], 0)
     shell, python = next_steps(
         run.config, model=run.model_name, dataset=run.dataset_name, shards=run.shards,
         model_max_length=run.longest,
@@ -102,10 +109,10 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
     """Read model and data, the cheap and error-prone things first."""
     model_name = str(demo.MODEL) if config.is_demo else str(config.model)
     dataset_name = str(demo.DATASET) if config.is_demo else str(config.dataset)
-    folder = converters.hub.find(model_name, config.revision).folder
-    settings = converters.registry.read_config(folder)
-    shape = converters.decoder_config(settings)
-    with progress.stage("Data"):
+    with progress.stage("Data"), together():
+        folder = converters.hub.find(model_name, config.revision).folder
+        settings = converters.registry.read_config(folder)
+        shape = converters.decoder_config(settings)
         tokenizer = _tokenizer(config, model_name)
         documents = load_documents(
             _data_options(config, dataset_name),
@@ -119,8 +126,9 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
             devices=mesh.size,
             max_length=shape.positions,
         )
+    require_same("data sets", documents.tokens, documents.labels, documents.offsets)
     spread = mesh if mesh.size > 1 else None
-    with progress.stage("Model"):
+    with progress.stage("Model"), together():
         model = converters.load(
             model_name,
             dtype=DTYPES[config.precision][1],

@@ -197,7 +197,15 @@ def eigendecompose_covariances(
 
     def solve(task: tuple[Matrix, np.ndarray | None]) -> Eigen | None:
         matrix, whole = task
-        return None if whole is None else eigendecompose(matrix.name, whole, positions, dtype)
+        if whole is None:
+            return None
+        try:
+            return eigendecompose(matrix.name, whole, positions, dtype)
+        except NumericsError:
+            if hosts == 1:
+                raise
+            # The others wait for a result, and see from this one that there is none.
+            return Eigen(*(np.full((matrix.dimension,) * n, np.nan, dtype) for n in (1, 2)))
 
     workers = usable_cores()
     solved = ordered_map(solve, matrices(), workers=workers, window=(workers + 1) * hosts)
@@ -206,6 +214,11 @@ def eigendecompose_covariances(
     for matrix, owner, pair in zip(order, owners, solved, strict=True):
         site, kind, slot = matrix
         values, vectors = from_owner(pair, owner, matrix.dimension, dtype)
+        if not np.isfinite(values).all():
+            raise NumericsError(
+                f"{matrix.name} holds NaN or infinity, or has no eigendecomposition; expected "
+                "finite numbers: check the weights, or use --precision fp32"
+            )
         key = (site.name, kind)
         if slot is None:
             stacks[key] = Eigen(values, vectors)

@@ -27,6 +27,7 @@ from tests.tolerances import DAMPED_INVERSE, FACTORS, FLOAT64_FACTORS, SCORE_COR
 
 DAMPING = 0.1
 COVARIANCES = ("activation_sharded", "gradient_sharded")
+EIGENVECTORS = ("eigen_activation_sharded", "eigen_gradient_sharded")
 # Longer than the 128 positions of a model: one document that both sides truncate.
 LENGTHS = (1, 2, 3, 60, 9, 25, 5, 41, 14, 90, 150)
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"

@@ -1,0 +1,168 @@
+"""Two processes on one machine compute what one does, and neither waits for one that failed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jhessians.config import ComputeConfig
+from jhessians.pipeline import compute
+from jhessians.progress import Progress
+from tests.oracles import bergson, checkpoints
+from tests.test_bergson import EIGENVECTORS, errors
+from tests.tolerances import INVARIANCE
+
+# With biases, dimensions of 41, 45, 46 and 120: most divide neither by 4 devices nor by 2 shards.
+SIZES = {"n_embd": 40, "n_head": 2, "n_inner": 45, "n_layer": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = checkpoints.build("gpt2", tmp_path_factory.mktemp("hosts") / "gpt2", seed=1, **SIZES)
+    checkpoints.corpus(folder, 13, lengths=(24, 9, 2, 1, 17, 30))
+    return folder
+
+
+class Hosts:
+    """Processes of one run, ended together whatever happens."""
+
+    def __init__(self, *commands: list[str], devices: int = 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+        }
+        joined = {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(len(commands)),
+        }
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "jhessians", "compute", *command],
+                env=shared | (joined if len(commands) > 1 else {}) | {"JAX_PROCESS_ID": str(index)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index, command in enumerate(commands)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def finish(self, timeout: float = 120) -> list[tuple[int, str, str]]:
+        """Exit code, standard output and standard error of each."""
+        end = time.monotonic() + timeout
+        texts = [p.communicate(timeout=max(1, end - time.monotonic())) for p in self.processes]
+        return [
+            (process.returncode, *text) for process, text in zip(self.processes, texts, strict=True)
+        ]
+
+
+def arguments(run: Path, model: Path, *flags: str, data: Path | None = None) -> list[str]:
+    dataset = data or model / "docs.jsonl"
+    return [
+        str(run),
+        f"--model={model}",
+        f"--dataset={dataset}",
+        "--num_shards=2",
+        "--layout=bergson",
+        *flags,
+    ]
+
+
+def test_two_processes_compute_what_one_does(model, tmp_path):
+    """Labels sampled from the model, column of ones, weights spread over both."""
+    flags = ["--include_bias", "--fsdp"]
+    options = {"model": str(model), "dataset": str(model / "docs.jsonl"), "num_shards": 2}
+    config = ComputeConfig(str(tmp_path / "one"), **options, include_bias=True, world_size=1)
+    compute(config, Progress(quiet=True))
+    command = arguments(tmp_path / "two", model, *flags)
+    with Hosts(command, command) as hosts:
+        (code, output, errors_0), (other, silent, errors_1) = hosts.finish()
+    assert (code, other) == (0, 0), errors_0 + errors_1
+    assert "4 x cpu" in output and "Covariances" in errors_0
+    assert errors_1 == "" and all(line.startswith("[Gloo]") for line in silent.splitlines())
+    one, two = bergson.read(tmp_path / "one"), bergson.read(tmp_path / "two")
+    assert set(one) == set(two) and one["total_processed"] == two["total_processed"]
+    for folder in set(one) - {"total_processed", "eigenvalue_correction_sharded", *EIGENVECTORS}:
+        assert max(errors(two[folder], one[folder]).values()) < INVARIANCE, folder
+    # What depends on the choice of eigenvectors, without it.
+    for folder in EIGENVECTORS:
+        for q in two[folder].values():
+            np.testing.assert_allclose(q.T @ q, np.eye(len(q)), atol=INVARIANCE * 10)
+    for module, values in one["eigenvalue_correction_sharded"].items():
+        total = two["eigenvalue_correction_sharded"][module].sum()
+        assert abs(total / values.sum() - 1) < INVARIANCE, module
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def the_error(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.startswith("jhessians: error: ")]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+def test_bad_data_on_one_host_ends_both(model, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": ""}\n')
+    commands = [arguments(tmp_path / "run", model), arguments(tmp_path / "run", model, data=bad)]
+    with Hosts(*commands, devices=1) as hosts:
+        (code, _, errors_0), (other, _, errors_1) = hosts.finish(60)
+    assert (code, other) == (1, 1), errors_0 + errors_1
+    assert "fewer than 2 tokens" in the_error(errors_1)
+    assert "process 1 failed" in the_error(errors_0)
+    assert "fewer than 2 tokens" in the_error(errors_0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl"]
+
+
+def test_different_data_on_two_hosts_is_refused(model, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text((model / "docs.jsonl").read_text() * 2)
+    commands = [arguments(tmp_path / "run", model), arguments(tmp_path / "run", model, data=other)]
+    with Hosts(*commands, devices=1) as hosts:
+        for code, _, text in hosts.finish(60):
+            assert code == 1 and "differ between the 2 processes" in the_error(text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.jsonl"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_does_not_leave_the_other_waiting(model, tmp_path, victim):
+    command = arguments(tmp_path / "run", model, "--max_tokens=30000000", "--use_dataset_labels")
+    with Hosts(command, command, devices=1) as hosts:
+        for line in hosts.processes[0].stderr:
+            if line.startswith("Covariances"):
+                break
+        time.sleep(3)
+        hosts.processes[victim].send_signal(signal.SIGTERM)
+        results = hosts.finish(60)
+    assert results[victim][0] == 143, results[victim][2]
+    assert results[1 - victim][0] != 0
+    if victim == 1:
+        # Without the first process, which coordinates, JAX itself ends the others.
+        assert "another process of this run ended" in the_error(results[0][2])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_host_that_cannot_join_says_so(model, tmp_path):
+    environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_PROCESS_ID": "one"}
+    done = subprocess.run(
+        [sys.executable, "-m", "jhessians", "compute", *arguments(tmp_path / "run", model)],
+        env=environment, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "JAX_PROCESS_ID is 'one'; expected a whole number" in the_error(done.stderr)
