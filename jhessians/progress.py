@@ -104,7 +104,8 @@ class Progress:
         clock: Seconds, for tests.
 
     Attributes:
-        timings: Seconds by stage name, in order; a name used twice holds the sum.
+        timings: Seconds by stage name, in order; a name used twice holds the sum, in the last
+            one's place.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class Progress:
             self._say(_closing_line(stage))
         finally:
             self._open = None
-            self.timings[name] = self.timings.get(name, 0.0) + stage.seconds
+            self.timings[name] = self.timings.pop(name, 0.0) + stage.seconds
 
     def note(self, message: str) -> None:
         """Say one line between or inside stages."""

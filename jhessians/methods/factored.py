@@ -53,7 +53,8 @@ def fit_run(run: Run) -> None:
 
 
 def _export(run: Run, kinds: Kinds) -> None:
-    with run.progress.stage("Export", len(kinds), "kinds of factor") as stage:
+    total = sum(len(tensors) for tensors in kinds.values())
+    with run.progress.stage("Export", total, "tensors") as stage:
         for kind, tensors in kinds.items():
             write_kind(
                 run.part,
@@ -65,4 +66,4 @@ def _export(run: Run, kinds: Kinds) -> None:
                 n_docs=len(run.documents),
                 total_processed=run.documents.positions,
             )
-            stage.advance()
+            stage.advance(len(tensors))
