@@ -16,50 +16,78 @@ from converters.loading import parameter_shapes
 from jhessians.errors import CheckpointError
 from jhessians.interop.optimizer_state import Parameter
 
-_LLAMA = (
+
+def _order(before: str, layer: str, inside: str, after: str) -> tuple[str, ...]:
+    """Modules before the layers, in layer `layer`, and after; words are names."""
+    return (*before.split(), *(f"{layer}.{name}" for name in inside.split()), *after.split())
+
+
+# Not every model of this kind has all of these.
+_LLAMA = _order(
     "model.embed_tokens",
-    "model.layers.{layer}.self_attn.q_proj",
-    "model.layers.{layer}.self_attn.k_proj",
-    "model.layers.{layer}.self_attn.v_proj",
-    "model.layers.{layer}.self_attn.o_proj",
-    "model.layers.{layer}.mlp.gate_proj",
-    "model.layers.{layer}.mlp.up_proj",
-    "model.layers.{layer}.mlp.down_proj",
-    "model.layers.{layer}.input_layernorm",
-    "model.layers.{layer}.post_attention_layernorm",
-    "model.norm",
-    "lm_head",
+    "model.layers.{layer}",
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj self_attn.dense "
+    "self_attn.q_norm self_attn.k_norm "
+    "mlp.gate_proj mlp.gate_up_proj mlp.up_proj mlp.down_proj mlp.fc1 mlp.fc2 mlp.c_fc mlp.c_proj "
+    "input_layernorm post_attention_layernorm pre_feedforward_layernorm "
+    "post_feedforward_layernorm post_self_attn_layernorm post_mlp_layernorm",
+    "model.norm model.final_layernorm lm_head",
 )
-_GPT_NEOX = (
-    "gpt_neox.embed_in",
-    "gpt_neox.layers.{layer}.input_layernorm",
-    "gpt_neox.layers.{layer}.post_attention_layernorm",
-    "gpt_neox.layers.{layer}.attention.query_key_value",
-    "gpt_neox.layers.{layer}.attention.dense",
-    "gpt_neox.layers.{layer}.mlp.dense_h_to_4h",
-    "gpt_neox.layers.{layer}.mlp.dense_4h_to_h",
-    "gpt_neox.final_layer_norm",
-    "embed_out",
-)
-_GPT2 = (
-    "transformer.wte",
-    "transformer.wpe",
-    "transformer.h.{layer}.ln_1",
-    "transformer.h.{layer}.attn.c_attn",
-    "transformer.h.{layer}.attn.c_proj",
-    "transformer.h.{layer}.ln_2",
-    "transformer.h.{layer}.mlp.c_fc",
-    "transformer.h.{layer}.mlp.c_proj",
-    "transformer.ln_f",
-    "lm_head",
-)
+_ALIKE = (
+    "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "helium",
+    "llama", "mistral", "nemotron", "olmo", "olmo2", "olmo3", "phi", "qwen2", "qwen3", "smollm3",
+    "starcoder2",
+)  # fmt: skip
 
 MODULE_ORDERS: dict[str, tuple[str, ...]] = {
-    "gpt2": _GPT2,
-    "gpt_neox": _GPT_NEOX,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
+    **dict.fromkeys(_ALIKE, _LLAMA),
+    "bloom": _order(
+        "transformer.word_embeddings transformer.word_embeddings_layernorm",
+        "transformer.h.{layer}",
+        "input_layernorm self_attention.query_key_value self_attention.dense "
+        "post_attention_layernorm mlp.dense_h_to_4h mlp.dense_4h_to_h",
+        "transformer.ln_f lm_head",
+    ),
+    "gpt2": _order(
+        "transformer.wte transformer.wpe",
+        "transformer.h.{layer}",
+        "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj",
+        "transformer.ln_f lm_head",
+    ),
+    "gpt_neo": _order(
+        "transformer.wte transformer.wpe",
+        "transformer.h.{layer}",
+        "ln_1 attn.attention.k_proj attn.attention.v_proj attn.attention.q_proj "
+        "attn.attention.out_proj ln_2 mlp.c_fc mlp.c_proj",
+        "transformer.ln_f lm_head",
+    ),
+    "gpt_neox": _order(
+        "gpt_neox.embed_in",
+        "gpt_neox.layers.{layer}",
+        "input_layernorm post_attention_layernorm attention.query_key_value attention.dense "
+        "mlp.dense_h_to_4h mlp.dense_4h_to_h",
+        "gpt_neox.final_layer_norm embed_out",
+    ),
+    "gptj": _order(
+        "transformer.wte",
+        "transformer.h.{layer}",
+        "ln_1 attn.k_proj attn.v_proj attn.q_proj attn.out_proj mlp.fc_in mlp.fc_out",
+        "transformer.ln_f lm_head",
+    ),
+    "opt": _order(
+        "model.decoder.embed_tokens model.decoder.embed_positions model.decoder.final_layer_norm",
+        "model.decoder.layers.{layer}",
+        "self_attn.k_proj self_attn.v_proj self_attn.q_proj self_attn.out_proj "
+        "self_attn_layer_norm fc1 fc2 final_layer_norm",
+        "lm_head",
+    ),
+    "phi3": _order(
+        "model.embed_tokens",
+        "model.layers.{layer}",
+        "self_attn.o_proj self_attn.qkv_proj mlp.gate_up_proj mlp.down_proj input_layernorm "
+        "post_attention_layernorm",
+        "model.norm lm_head",
+    ),
 }
 """`model_type` → modules with parameters, in order; `{layer}` is the layer's number."""
 
@@ -74,20 +102,18 @@ def named_parameters(config: Any) -> list[Parameter]:
         CheckpointError: If the family isn't supported, or its order isn't known.
     """
     family = registry.family_of(config)
-    order = MODULE_ORDERS.get(family.model_type)
-    if order is None:
+    places = _places(MODULE_ORDERS.get(family.model_type, ()))
+    model = nnx.eval_shape(lambda: registry.create(config, rngs=nnx.Rngs(0)))
+    slots = rules.slots(family, parameter_shapes(model))
+    if not {_template(name) for name in slots} <= set(places):
         raise CheckpointError(
             f"the order of a {family.model_type} model's parameters isn't known; expected one of "
             f"{', '.join(MODULE_ORDERS)}: estimate second moments from the data instead"
         )
-    model = nnx.eval_shape(lambda: registry.create(config, rngs=nnx.Rngs(0)))
-    slots = rules.slots(family, parameter_shapes(model))
-    places = _places(order)
 
     def place(name: str) -> tuple[int, int, int, bool]:
-        module = name.rpartition(".")[0]
-        layer = re.search(r"\.(\d+)\.", module)
-        segment, position = places[re.sub(r"\.\d+\.", ".{layer}.", module)]
+        layer = re.search(r"\.(\d+)\.", name)
+        segment, position = places[_template(name)]
         return segment, int(layer[1]) if layer else 0, position, name.endswith(".bias")
 
     prefix = f"{family.base_prefix}."
@@ -104,6 +130,11 @@ def named_parameters(config: Any) -> list[Parameter]:
         transposed = is_weight and slot.transform is rules.IDENTITY
         parameters.append(Parameter(name, slot.shape, module, transposed))
     return parameters
+
+
+def _template(name: str) -> str:
+    """The module of a parameter, with `{layer}` for its number."""
+    return re.sub(r"\.\d+\.", ".{layer}.", name.rpartition(".")[0])
 
 
 def _places(order: tuple[str, ...]) -> dict[str, tuple[int, int]]:

@@ -221,7 +221,7 @@ def _leaf(tree: Any, path: Sequence[str]) -> Any:
             return None
         tree = tree[step]
     if isinstance(tree, nnx.Variable):
-        tree = tree[...]
+        tree = tree.get_value()
     if isinstance(tree, Mapping) and set(tree) == {"value"}:
         tree = tree["value"]
     return tree if hasattr(tree, "shape") else None
