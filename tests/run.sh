@@ -14,4 +14,5 @@ pip 'torch==2.13.0'
 pip --no-deps 'bergson==2.5.1' 'torchopt==0.7.3' bitsandbytes
 pip --requirement tests/oracles/requirements.txt
 
-exec "$environment/bin/python" -m pytest "$@"
+# Two processes: compilations, which take most of the time, use one core each.
+exec "$environment/bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"

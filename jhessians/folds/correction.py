@@ -21,6 +21,9 @@ from jhessians.typing import Array, DTypeLike, Float, PyTree
 class EigenvalueCorrection:
     """Squares of the documents' gradients in a Kronecker-factored eigenbasis.
 
+    A linear that a model calls twice on one document counts as two documents here, where its
+    gradients should be added before they are squared; no decoder of ours does that.
+
     Operands of a site: `activation`, its Q_A (kept once per shared input), and `gradient`, Q_S;
     columns are eigenvectors.
 
