@@ -112,16 +112,21 @@ def decoder(
     )
 
 
+def same_window(config: Any) -> tuple[int | None, ...]:
+    """One window for all layers, if the config has one."""
+    return (
+        () if config.sliding_window is None else (config.sliding_window,) * config.num_hidden_layers
+    )
+
+
 def windows(config: Any) -> tuple[int | None, ...]:
-    """The layers' windows: as `layer_types` has them, or the same one everywhere.
+    """The layers' windows, as `layer_types` has them; empty if no layer has one.
 
     Raises:
         CheckpointError: If a layer is of another type, or its window isn't given.
     """
     size, count = getattr(config, "sliding_window", None), config.num_hidden_layers
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return (size,) * count if size is not None else ()
+    types = config.layer_types
     if len(types) != count:
         raise CheckpointError(
             f"config.json gives {len(types)} layer_types; expected {count}, one per layer"

@@ -11,7 +11,31 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from converters import gpt2, gpt_neox, llama
+from converters import (
+    bloom,
+    cohere,
+    exaone4,
+    falcon,
+    gemma,
+    glm4,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    gptj,
+    granite,
+    helium,
+    llama,
+    mistral,
+    nemotron,
+    olmo,
+    opt,
+    phi,
+    phi3,
+    qwen,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from converters.reader import read_json
 from converters.rules import Family, module_names
 from converters.settings import check_neutral
@@ -39,12 +63,13 @@ def supported() -> tuple[str, ...]:
 
 
 def family_of(config: Any) -> Family:
-    """The family of a config of transformers'.
+    """The family of a config of transformers', in the variant that the config asks for.
 
     Raises:
         CheckpointError: If there is none; the message says which there are.
     """
-    return _family(config.model_type, "this config")
+    family = _family(config.model_type, "this config")
+    return family if family.variant is None else family.variant(family, config)
 
 
 def decoder_config(config: Any) -> DecoderConfig:
@@ -135,6 +160,11 @@ def _family(model_type: Any, where: Any) -> Family:
     return _FAMILIES[model_type]
 
 
-for _module in (gpt2, gpt_neox, llama):
+BUILT_IN = (
+    bloom, cohere, exaone4, falcon, gemma, glm4, gpt2, gpt_neo, gpt_neox, gptj, granite, helium,
+    llama, mistral, nemotron, olmo, opt, phi, phi3, qwen, smollm3, stablelm, starcoder2,
+)  # fmt: skip
+
+for _module in BUILT_IN:
     for _one in _module.FAMILIES:
         register(_one)

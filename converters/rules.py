@@ -84,6 +84,8 @@ class Family:
         renamed: Other names that tensors have in some checkpoints: pattern and replacement.
         ignored: Patterns of full names of tensors that carry no weights.
         reads: Settings of `converters.settings.NEUTRAL` that `config` looks at itself.
+        variant: Turns the family into the one of a given config, where names of tensors depend on
+            its settings.
         title: What people call its models, for the README's table.
         checked: What the tests compare beside what they compare for every family, likewise.
     """
@@ -96,6 +98,7 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     reads: frozenset[str] = frozenset()
+    variant: Callable[["Family", Any], "Family"] | None = None
     title: str = ""
     checked: str = ""
 

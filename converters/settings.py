@@ -13,6 +13,7 @@ from jhessians.models.layers import ACTIVATIONS
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (None, False),
     "alibi": (None, False),
+    "apply_residual_connection_post_layernorm": (None, False),
     "attention_multiplier": (None,),
     "attn_logit_softcapping": (None,),
     "clip_qkv": (None,),
@@ -28,6 +29,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (None, 1),
     "rope_interleaved": (None, False),
     "sliding_window": (None,),
+    "use_bidirectional_attention": (None, False),
     "use_qk_norm": (None, False),
 }
 

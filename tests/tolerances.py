@@ -10,6 +10,9 @@ from typing import Final
 # product, grown over the blocks. A wrong rotary base moves fan-in scaled logits by 1e-1 and more.
 LOGITS: Final = 1e-5
 
+# What a model that is wrong in one setting is off by, at least, so that `LOGITS` tells it apart.
+TWIN: Final = 1e-3
+
 # Our covariances and corrections are float32 sums of float32 products over thousands of positions;
 # against bergson in float64 they err by 1e-7 to 1e-6. A lost position or a wrong mask costs 1e-3.
 FACTORS: Final = 1e-5

@@ -34,10 +34,12 @@ def our_logits(model: nnx.Module, batch: list[np.ndarray]) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def their_logits(folder: Path, batch: list[np.ndarray], dtype: str = "float32") -> list[np.ndarray]:
+def their_logits(
+    folder: Path, batch: list[np.ndarray], dtype: str = "float32", attention: str = "eager"
+) -> list[np.ndarray]:
     """Logits of every document, each computed alone, without padding."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="eager"
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention
     ).eval()
     logits: dict[int, np.ndarray] = {}
     # From the shortest on: `dynamic` rope remembers the longest document that it has seen.

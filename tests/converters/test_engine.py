@@ -76,7 +76,7 @@ def test_a_family_of_ones_own(checkpoint, altered, monkeypatch):
     register(register(family))
     with pytest.raises(ValueError, match="exists already"):
         register(dataclasses.replace(family, base_prefix="other"))
-    assert supported() == ("gpt2", "gpt_neox", "llama", "my_llama")
+    assert "my_llama" in supported()
     folder = altered(checkpoint("llama"), model_type="my_llama")
     values = load_file(folder / "model.safetensors")
     renamed = {name.replace("self_attn", "attention"): value for name, value in values.items()}

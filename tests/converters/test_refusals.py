@@ -194,15 +194,16 @@ def test_no_such_folder_or_model(tmp_path, refused):
 
 
 CONFIGS = {
-    "unknown model": ({"model_type": "bert"}, ['"bert"', "gpt2, gpt_neox, llama"]),
-    "no model": ({"model_type": None}, ["null", "gpt2, gpt_neox, llama"]),
+    "unknown model": ({"model_type": "bert"}, ['"bert"', "gpt2, gpt_neo, gpt_neox, gptj"]),
+    "no model": ({"model_type": None}, ["null", "gpt2, gpt_neo, gpt_neox, gptj"]),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, ["quantised", "gptq"]),
     "activation": ({"hidden_act": "mish"}, ["'mish'", "silu"]),
     "window": ({"sliding_window": 8}, ["sliding_window to 8"]),
     "softcap": ({"final_logit_softcapping": 30.0}, ["final_logit_softcapping"]),
     "experts": ({"num_local_experts": 8}, ["num_local_experts"]),
-    "kind of rope": ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0,
-        "short_factor": [1.0] * 6, "long_factor": [1.0] * 6}}, ["'longrope'", "llama3"]),
+    "factors of rope": ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0,
+        "short_factor": [1.0] * 6, "long_factor": [1.0] * 5}}, ["5 values of long_factor", "6"]),
+    "bidirectional": ({"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
     "unheard-of rope": ({"rope_parameters": {"rope_type": "spiral"}}, ["'spiral'", "llama3"]),
     "setting of rope": ({"rope_parameters": {"rope_type": "linear", "factor": 2.0,
         "beta_fast": 3.0}}, ["beta_fast", "linear"]),
@@ -220,6 +221,26 @@ CONFIGS = {
 def test_configs_that_we_do_not_implement(case, checkpoint, altered, refused):
     settings, words = CONFIGS[case]
     refused(altered(checkpoint("llama"), **settings), *words)
+
+
+OTHERS = {
+    "a layer's type": ("qwen2", {"layer_types": ["full_attention", "linear_attention"]},
+        ["linear_attention", "sliding_attention"]),
+    "number of types": ("qwen2", {"layer_types": ["full_attention"]}, ["layer_types", "2"]),
+    "window of a layer": ("qwen3", {"layer_types": ["sliding_attention"] * 2}, ["sliding_window"]),
+    "cap of attention": ("gemma3_text", {"attn_logit_softcapping": 5.0}, ["attn_logit_soft"]),
+    "falcon's norms": ("falcon", {"num_ln_in_parallel_attn": 2}, ["num_ln_in_parallel_attn 2"]),
+    "bloom's residual": ("bloom", {"apply_residual_connection_post_layernorm": True},
+        ["apply_residual"]),
+    "gptj's rotation": ("gptj", {"rotary_dim": 0}, ["rotary_dim 0 of 8"]),
+    "smollm3's rope": ("smollm3", {"no_rope_layers": [1]}, ["no_rope_layers", "2"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_settings_of_other_families_that_we_do_not_implement(case, checkpoint, altered, refused):
+    family, settings, words = OTHERS[case]
+    refused(altered(checkpoint(family), **settings), *words)
 
 
 def test_cross_attention(checkpoint, altered, refused):

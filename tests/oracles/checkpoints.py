@@ -23,8 +23,8 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from tests.oracles.architectures import ARCHITECTURES
 from tests.oracles.families import (
-    FAMILIES,
     MAX_POSITIONS,
     PREFIXED_FAMILIES,
     ZERO_CENTRED_NORMS,
@@ -144,7 +144,7 @@ def build(
     """Write a random checkpoint with its tokenizer, as `save_pretrained` lays it out.
 
     Args:
-        family: A key of `families.FAMILIES`, transformers' `model_type`.
+        family: A key of `architectures.ARCHITECTURES`, transformers' `model_type`.
         folder: Created if missing.
         seed: Of the weights; each parameter has a stream of its own.
         dtype: Of the stored tensors.
@@ -167,7 +167,7 @@ def build(
         model_max_length=positions or MAX_POSITIONS,
     )
     arguments = {
-        **FAMILIES[family](len(words)),
+        **ARCHITECTURES[family](len(words)),
         "bos_token_id": words.bos_token_id,
         "eos_token_id": words.eos_token_id,
         "pad_token_id": words.pad_token_id,

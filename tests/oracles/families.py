@@ -10,7 +10,9 @@ from typing import Any
 MAX_POSITIONS = 128
 
 # Norm classes that scale by 1 + weight: their weights scatter around 0.
-ZERO_CENTRED_NORMS: frozenset[str] = frozenset()
+ZERO_CENTRED_NORMS: frozenset[str] = frozenset(
+    {"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "NemotronLayerNorm1P"}
+)
 
 
 def _gpt_neox(vocabulary: int) -> dict[str, Any]:
