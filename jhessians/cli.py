@@ -37,8 +37,9 @@ PROGRAM = "jhessians"
 
 COMPUTE_USAGE = f"{PROGRAM} compute RUN_PATH [--model NAME --dataset NAME] [options]"
 COMPUTE_DESCRIPTION = """\
-Fit Kronecker-factored curvature of a language model and write it as torch
-bergson reads it. Without --model and --dataset a small embedded demo is used.
+Fit a language model's Hessian, Kronecker-factored or dense, and write it as
+torch bergson reads it. Without --model and --dataset a small embedded demo is
+used.
 """
 COMPUTE_EXAMPLES = """\
 Flags may be spelt with - or _, and a bare --flag means --flag true.
@@ -152,7 +153,7 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
         group.add_argument(flag, nargs="+", metavar=option.metavar, help=text)
     elif option.choices:
         # The config checks choices itself: its message suggests near misses.
-        metavar = "{" + ",".join(option.choices) + "}"
+        metavar = option.metavar or "{" + ",".join(option.choices) + "}"
         group.add_argument(flag, metavar=metavar, help=text)
     else:
         number = {"integer": int, "number": float}.get(option.kind, str)
@@ -321,7 +322,7 @@ class Command:
 
 
 COMMANDS = {
-    "compute": Command("fit KFAC or EKFAC factors of a model on a data set", run_compute),
+    "compute": Command("fit a Hessian approximation of a model on a data set", run_compute),
     "mix": Command("mix two autocorrelation Hessians into one", run_mix),
 }
 

@@ -191,8 +191,10 @@ class ComputeConfig:
 
     method: str = option(
         METHODS[0].name,
-        "Approximation of the Hessian; ekfac is kfac with the eigenvalue correction.",
+        "Approximation of the Hessian: the Kronecker factors of ekfac (kfac with the eigenvalue "
+        "correction), kfac, tkfac or shampoo, or the dense Grams of autocorrelation.",
         group=STATISTICS,
+        metavar="METHOD",
         choices=tuple(each.name for each in METHODS),
     )
     ev_correction: bool | None = option(
@@ -281,7 +283,7 @@ class ComputeConfig:
     projection_dim: int = option(
         0,
         "Project every module's gradient to a matrix of this many rows and columns, or all of "
-        "them to one vector of this length with --projection_target global.",
+        "them, with the global target, to one vector of this length.",
         group=AUTOCORRELATION,
         metavar="P",
         minimum=0,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jhessians.typing import Array, Float, PyTree
+from jhessians.typing import Array, Float, PyTree, Shaped
 
 Statistics = dict[str, Any]  # site name -> the fold's pytree, with a leading layer axis in stacks
 
@@ -87,7 +87,7 @@ class Context:
         """`rows` rounded up to a multiple of the shards."""
         return -(-rows // self.shards) * self.shards
 
-    def gather_rows(self, x: Float[Array, "local *rest"], rows: int) -> Float[Array, "r *rest"]:
+    def gather_rows(self, x: Shaped[Array, "local *rest"], rows: int) -> Shaped[Array, "r *rest"]:
         """All `rows` rows of an operand that is sharded by rows."""
         for axis in reversed(self.axes):
             x = lax.all_gather(x, axis, axis=0, tiled=True)

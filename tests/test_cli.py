@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from jhessians.cli import main, parse_compute
-from jhessians.config import ComputeConfig
+from jhessians.config import AUTOCORRELATION, ComputeConfig
 from jhessians.errors import (
     CheckpointError,
     DatasetError,
@@ -140,15 +140,27 @@ def test_both_spellings_of_every_option():
         "loss_fn": ["--fisher_type", "dataset"],
         "label_smoothing": ["--fisher_type", "dataset"],
     }
+    dense = ["--method", "autocorrelation"]
+    sizes = [*dense, "--num_heads", "2", "--head_size", "4"]
+    for each in options_of(ComputeConfig):
+        if each.group == AUTOCORRELATION:
+            needs[each.name] = [*dense, "--projection_dim", "8"]
+    needs |= dict.fromkeys(
+        ("num_heads", "head_size", "head_dim"), [*sizes, "--split_attention_modules", "a.*"]
+    )
+    needs["split_attention_modules"] = sizes
     for each in options_of(ComputeConfig):
         value = each.choices[-1] if each.choices else values[each.kind]
+        value = {"head_dim": "2", "method": "shampoo"}.get(each.name, value)
         context = ["r", "--model", "m", "--dataset", "d", *needs.get(each.name, [])]
         for name in {each.name, each.name.replace("_", "-")}:
             spaced = parse_compute([*context, f"--{name}", value])
             joined = parse_compute([*context, f"--{name}={value}"])
             assert spaced == joined
             got = getattr(spaced, each.name)
-            assert got == {"3": 3, "0.5": 0.5, "true": True, "a.*": ("a.*",)}.get(value, value)
+            assert got == {"2": 2, "3": 3, "0.5": 0.5, "true": True, "a.*": ("a.*",)}.get(
+                value, value
+            )
 
 
 @pytest.mark.parametrize(
@@ -190,7 +202,7 @@ def test_modules_take_several_words():
         (["compute", "r", "--seed", "x"], "--seed: invalid int value: 'x'"),
         (["compute", "r", "--seed", "-1"], "--seed must be at least 0, got -1"),
         (["compute", "r", "--fsdp=maybe"], "'maybe' is neither true nor false"),
-        (["compute", "r", "--method", "tkfak"], "tkfac, shampoo; did you mean"),
+        (["compute", "r", "--method", "tkfak"], "shampoo, autocorrelation; did you mean"),
         (["compute", "r", "--model", "m"], "--model is given without --dataset"),
         (["compute", "r", "--ev_correction", "false"], "use --method kfac"),
         (["compute", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
@@ -296,7 +308,18 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert done.stderr == "" and done.returncode == 0
 
 
-def test_warnings_and_logs_take_one_line_each(capsys, pipeline):
+@pytest.fixture
+def fresh_transformers(monkeypatch):
+    """The logger as it is before transformers is imported, which another test may have done."""
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "propagate", True)
+    level = logger.level
+    logger.setLevel(logging.NOTSET)
+    yield
+    logger.setLevel(level)
+
+
+def test_warnings_and_logs_take_one_line_each(capsys, pipeline, fresh_transformers):
     def body(config, progress):
         warnings.warn("3 documents are\nunder 2 tokens", UserWarning, stacklevel=1)
         warnings.warn("old", FutureWarning, stacklevel=1)
@@ -315,7 +338,7 @@ def test_warnings_and_logs_take_one_line_each(capsys, pipeline):
     assert logging.getLogger("transformers").level == logging.NOTSET
 
 
-def test_debug_lets_the_libraries_speak(capsys, pipeline):
+def test_debug_lets_the_libraries_speak(capsys, pipeline, fresh_transformers):
     def body(config, progress):
         logging.getLogger("transformers.tokenization").warning("chatter")
         return SUMMARY

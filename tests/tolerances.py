@@ -21,6 +21,9 @@ FACTORS: Final = 1e-5
 # 1 / damping_factor and bergson applies it in float32, whatever the factors' type.
 DAMPED_INVERSE: Final = 1e-3
 
+# Box-Muller in float32 by two libraries: log, sin and cos may round differently in the last bits.
+NORMAL_ENTRIES: Final = 1e-6
+
 # The same statistic with another batch, padding, mesh or number of shards: only the order of
 # float32 additions may change.
 INVARIANCE: Final = 1e-6
