@@ -290,7 +290,7 @@ def _keep_compilations() -> None:
     """
     import jax
 
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(caches / "jhessians" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
