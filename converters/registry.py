@@ -62,6 +62,11 @@ def supported() -> tuple[str, ...]:
     return tuple(sorted(_FAMILIES))
 
 
+def families() -> tuple[Family, ...]:
+    """Every registered family, by `model_type`."""
+    return tuple(_FAMILIES[model_type] for model_type in supported())
+
+
 def family_of(config: Any) -> Family:
     """The family of a config of transformers', in the variant that the config asks for.
 
@@ -141,9 +146,12 @@ def read_config(folder: Path) -> Any:
         )
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
-    kind = CONFIG_MAPPING[family.model_type] if family.model_type in CONFIG_MAPPING else None
+    if family.model_type in CONFIG_MAPPING:
+        kind = CONFIG_MAPPING[family.model_type]
+    else:  # a class, or the model_type would be lost when it is saved
+        kind = type("OwnConfig", (PretrainedConfig,), {"model_type": family.model_type})
     try:
-        return (kind or PretrainedConfig).from_dict(raw)
+        return kind.from_dict(raw)
     except Exception as error:  # transformers raises whatever the offending setting leads to
         reason = " ".join(str(error).split())
         raise CheckpointError(
