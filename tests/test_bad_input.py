@@ -250,7 +250,7 @@ def unknown_option(work):
 
 # What is wrong, the exit code, words of the message: what was given and what to do about it.
 CASES = [
-    (unknown_model_type, 1, ["mystery", "gpt2, gpt_neox, llama"]),
+    (unknown_model_type, 1, ["mystery", "gpt2, gpt_neo, gpt_neox"]),
     (no_config, 1, ["config.json"]),
     (no_model, 1, ["model", "isn't a folder"]),
     (no_weights, 1, ["has no weights", "model.safetensors"]),

@@ -151,6 +151,8 @@ ROPES = [
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
     {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 1024,
      "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 1024,
+     "short_factor": [1.0] * 32, "long_factor": [1.0 + 0.3 * i for i in range(32)]},
 ]  # fmt: skip
 
 
