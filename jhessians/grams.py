@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from jhessians.errors import NumericsError
 from jhessians.folds.gram import Gram, JointGram
 from jhessians.folds.rows import GradientRows
 from jhessians.folds.second_moment import stack_normalizers
@@ -156,6 +157,12 @@ def _decompose(
     def read() -> Iterator[tuple[_Matrix, np.ndarray, bool]]:
         for matrix, owner in zip(matrices, owners, strict=True):
             total = matrix.read(statistics).astype(np.float64)
+            # On all hosts: one that failed alone would leave the others waiting.
+            if not np.isfinite(total).all():
+                raise NumericsError(
+                    f"the autocorrelation of {matrix.name} holds NaN or infinity; expected finite "
+                    "numbers: check the weights, or use --precision fp32"
+                )
             yield matrix, total, owner == host
 
     def solve(task: tuple[_Matrix, np.ndarray, bool]) -> tuple[np.ndarray, Eigen | None]:
