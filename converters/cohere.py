@@ -56,7 +56,7 @@ FAMILIES = (
         reads=frozenset({"logit_scale", "use_qk_norm"}),
         title="Command R, Command R+, Aya 23",
         checked="parallel residual behind one norm, interleaved rotation, scaled logits, a norm "
-        "per head; factors against bergson",
+        "per head",
     ),
     Family(
         model_type="cohere2",

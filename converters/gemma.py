@@ -98,7 +98,7 @@ FAMILIES = (
         rules=(*EMBEDDINGS, *ATTENTION, *GATED_MLP, *FOUR_NORMS),
         reads=frozenset({"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}),
         title="Gemma 2",
-        checked="four norms, soft caps, alternating windows; factors against bergson",
+        checked="four norms, soft caps, alternating windows",
     ),
     Family(
         model_type="gemma3_text",

@@ -38,6 +38,6 @@ FAMILIES = (
         ignored=(ROTARY_BUFFERS,),
         reads=frozenset({"sliding_window"}),
         title="Mistral, Zephyr",
-        checked="sliding window; factors against bergson",
+        checked="sliding window",
     ),
 )

@@ -52,8 +52,7 @@ FAMILIES = (
         rules=(*EMBEDDINGS, *INPUT_NORMS, *ATTENTION, *GATED_MLP),
         reads=frozenset({"sliding_window"}),
         title="Qwen2, Qwen2.5, QwQ",
-        checked="biases on query, key and value only, windows in the upper layers; factors "
-        "against bergson",
+        checked="biases on query, key and value only, windows in the upper layers",
     ),
     Family(
         model_type="qwen3",
@@ -63,6 +62,6 @@ FAMILIES = (
         rules=(*EMBEDDINGS, *INPUT_NORMS, *ATTENTION, *QK_NORM, *GATED_MLP),
         reads=frozenset({"sliding_window"}),
         title="Qwen3",
-        checked="normed queries and keys; factors against bergson",
+        checked="normed queries and keys",
     ),
 )

@@ -137,6 +137,13 @@ def read_config(folder: Path) -> Any:
         )
         raise CheckpointError(f"{folder} has no config.json; {hint}")
     raw = read_json(path)
+    text = raw.get("text_config")
+    if raw.get("model_type") not in _FAMILIES and isinstance(text, dict):
+        raise CheckpointError(
+            f"{path} describes a multimodal model ({raw.get('model_type')}); expected one of text "
+            f"alone; save its text model, of model_type {text.get('model_type', 'unknown')!r}, "
+            "as a checkpoint of its own"
+        )
     family = _family(raw.get("model_type"), path)
     if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "?"

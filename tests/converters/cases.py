@@ -74,6 +74,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2, bare": ("starcoder2", {"sliding_window": None, "use_bias": False}),
 }  # fmt: skip
 
+# Those that mostly turn on or off what other cases turn on.
+SLOW = {
+    "bloom, a power of two of heads", "falcon 11b", "gptj, tied", "granite, biased",
+    "helium, biased", "mistral, no window", "nemotron, biased", "opt, bare", "qwen3, biased",
+    "smollm3, windows", "starcoder2, bare",
+}  # fmt: skip
+
 # transformers' eager attention adds Falcon's linear biases twice; its default attention, once.
 SDPA = {"falcon rw"}
 

@@ -17,6 +17,9 @@ from tests.converters.comparison import documents, error, our_logits, their_logi
 
 ALL = supported()
 CASES = {**{family: (family, {}) for family in ALL}, **cases.VARIANTS}
+EACH_CASE = [
+    pytest.param(case, marks=pytest.mark.slow if case in cases.SLOW else []) for case in CASES
+]
 TWINS = [(family, i) for family, twins in cases.TWINS.items() for i in range(len(twins))]
 
 
@@ -36,7 +39,7 @@ def truth(checkpoint):
     return get
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EACH_CASE)
 def test_logits_equal_transformers(case, checkpoint, truth, record_property):
     """In one batch with right padding, where transformers gets each document alone."""
     family, settings = CASES[case]
@@ -76,7 +79,7 @@ def stored(folder):
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EACH_CASE)
 def test_bfloat16_names_and_the_way_back(case, checkpoint, tmp_path):
     family, settings = CASES[case]
     folder = checkpoint(family, dtype=torch.bfloat16, **settings)

@@ -114,8 +114,10 @@ def captured(
             else:
                 gradients = tuple(torch.zeros_like(outputs[name]) for name in modules)
             for name, gradient in zip(modules, gradients, strict=True):
-                activation = inputs[name].detach()
-                documents[name].append((activation[0].numpy(), gradient[0].numpy()))
+                # Some models drop the axis of their one document before an MLP.
+                pair = (inputs[name].detach(), gradient)
+                a, g = (x.reshape(-1, x.shape[-1]).numpy() for x in pair)
+                documents[name].append((a, g))
     finally:
         for handle in handles:
             handle.remove()
