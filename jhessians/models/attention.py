@@ -66,7 +66,8 @@ def each_layer(config: AttentionConfig, layers: int) -> Layer:
     ropes = [nothing if i is None else i for i in c.layer_ropes or (0,) * layers]
     windows = [EVERYTHING if w is None else w for w in c.windows or (None,) * layers]
     return Layer(
-        jnp.array(c.scales or (c.head_size**-0.5,) * layers, jnp.float32),
+        # In float64 where JAX has it: a scale rounded to float32 is off by 1e-8 in a float64 run.
+        jnp.array(c.scales or (c.head_size**-0.5,) * layers, jnp.result_type(float)),
         jnp.array(windows, jnp.int32),
         jnp.array(ropes, jnp.int32),
     )
