@@ -128,7 +128,7 @@ def test_values_that_are_not_finite_name_module_and_folder(tmp_path, bad):
     with pytest.raises(NumericsError, match=r"^h\.3\.bad in gradient_sharded holds NaN") as raised:
         write_sharded(tmp_path / "gradient_sharded", tensors, shards=3, dtype="fp32")
     assert "\n" not in str(raised.value)
-    assert sorted(files_in(tmp_path)) == [f"gradient_sharded/shard_{r}.safetensors" for r in (0, 1)]
+    assert not list(files_in(tmp_path))  # shards grow side by side, and none stays half-written
 
 
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
