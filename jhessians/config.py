@@ -1,4 +1,4 @@
-"""Options of a `compute` run: one table that the parser, config.yaml and the README share.
+"""Options of a `compute` run: one table that the parser, `--help` and config.yaml share.
 
 Names and meanings follow bergson 2.5.1 wherever both tools have the option.
 """

@@ -1,4 +1,4 @@
-"""The shape of one option: what the parser, `--help`, config.yaml and the README all read.
+"""The shape of one option: what the parser, `--help` and config.yaml all read.
 
 A run's options are the fields of a frozen dataclass; `option` hangs on each what a reader
 needs to know, and `check` turns a value from a terminal or a file into the field's type.
@@ -181,14 +181,3 @@ def matching(flag: str, patterns: Iterable[str], names: Sequence[str]) -> list[s
             hint = did_you_mean(pattern, names) or f"; there is {names[0]}, for example"
             raise ConfigError(f"--{flag} {pattern!r} matches none of {len(names)} modules{hint}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def markdown_table(config_class: type) -> str:
-    """The options as a Markdown table, for the README."""
-    rows = ["| option | default | meaning |", "|---|---|---|"]
-    for each in options_of(config_class):
-        meaning = each.help.replace("|", "\\|")
-        if each.choices:
-            meaning += " One of " + ", ".join(f"`{choice}`" for choice in each.choices) + "."
-        rows.append(f"| `--{each.name}` | {each.default_in_words} | {meaning} |")
-    return "\n".join(rows) + "\n"

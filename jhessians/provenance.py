@@ -21,6 +21,7 @@ from jhessians.options import options_of
 from jhessians.version import __version__
 
 CONFIG_FILE = "config.yaml"
+SEED_CONFIG_FILE = "config.json"
 
 
 def to_bergson_dict(
@@ -90,7 +91,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
     """The options that a finished run recorded.
 
     Args:
-        path: A run's config.yaml, or the folder that holds it.
+        path: A run's config.yaml, its config.json, or the folder that holds either.
 
     Raises:
         ConfigError: If the file is missing, is no YAML or was not written by jhessians.
@@ -98,7 +99,14 @@ def read_options(path: str | Path) -> dict[str, Any]:
     import yaml
 
     path = Path(path)
-    path = path / CONFIG_FILE if path.is_dir() else path
+    if path.is_dir():
+        # A run in the seed's layout alone has its options in config.json, which YAML reads too.
+        folder, path = path, path / CONFIG_FILE
+        path = (
+            path
+            if path.exists() or not (folder / SEED_CONFIG_FILE).exists()
+            else (folder / SEED_CONFIG_FILE)
+        )
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -107,6 +115,8 @@ def read_options(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML; give a run's config.yaml") from None
     ours = document.get("jhessians") if isinstance(document, dict) else None
     options = ours.get("compute") if isinstance(ours, dict) else None
+    if ours is None and isinstance(document, dict) and {"run_path", "method"} <= document.keys():
+        options = {name: value for name, value in document.items() if name != "metadata"}
     if not isinstance(options, dict):
         raise ConfigError(
             f"{path} has no 'jhessians: compute:' part; "

@@ -1,6 +1,7 @@
 """Autocorrelation Hessians against torch bergson's in float64, and bergson using what we write."""
 
 import dataclasses
+import json
 import os
 import shlex
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from jhessians.folds.rows import GradientRows
 from jhessians.grams import fit_autocorrelations
 from jhessians.linalg.projection import Projection
 from jhessians.mesh import make_mesh
+from jhessians.methods import autocorrelation
 from jhessians.methods.autocorrelation import _warn_if_large, split_sites
 from jhessians.models.layers import Linear
 from jhessians.models.loss import NextTokenLoss
@@ -250,7 +252,9 @@ def test_older_names_are_links_to_the_same_files(fitted):
         assert os.path.samefile(out / name, older)
     older = (out / "processor_config.json").read_text()
     settings = {"projection_dim": 4, "reshape_to_square": False, "projection_type": "rademacher"}
-    assert eval(older, {"false": False}) == settings
+    # What tells our matrices from those that a reader of the older file would otherwise assume.
+    settings |= {"projection_scale": "jl", "projection_version": 2}
+    assert json.loads(older) == settings
     assert not list(out.glob("*_sharded")) and not (out / "influence_results").exists()
 
 
@@ -403,3 +407,11 @@ def test_large_grams_are_announced():
     assert not said
     _warn_if_large(run, qkv(in_features=4096, out_features=4096), GradientRows())
     assert "give --projection_dim, such as 16" in run.warnings[0] and len(said) == 1
+
+
+def test_grams_beyond_the_hosts_memory_are_refused(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 10)
+    monkeypatch.setattr(autocorrelation, "LARGE_BYTES", 1)
+    with pytest.raises(ConfigError, match=r"eigenvectors take .*, but this host has 41\S* kB"):
+        ours(tmp_path / "run", models["llama"], world_size=1)
+    assert not list(tmp_path.iterdir())

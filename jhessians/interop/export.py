@@ -259,7 +259,10 @@ def _check_bergson_knows(command: Mapping[str, Any]) -> None:
 
 def _seed_settings(processor: GradientProcessor) -> dict[str, Any]:
     """The seed's processor file; its reader took exactly these three keys and raised on others."""
-    always = ("projection_dim", "reshape_to_square", "projection_type")
+    always = ["projection_dim", "reshape_to_square", "projection_type"]
+    if processor.projection_dim:
+        # Without them a reader takes the seed's own matrices, which ours are not: better it raises.
+        always += ["projection_scale", "projection_version"]
     defaults = GradientProcessor().settings
     # Later readers know the rest; the first ones knew no gradients that were made that way.
     return {

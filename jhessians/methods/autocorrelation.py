@@ -5,6 +5,7 @@ its `hessian` command drops it) and sampled labels. `--reshape_to_square` is rec
 changes no number in either.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -121,7 +122,11 @@ def _projection(config: ComputeConfig) -> Projection | None:
 
 
 def _warn_if_large(run: Run, sites: Mapping[str, Site], rows: GradientRows) -> None:
-    """Say so before hours are spent on Grams that no disk or memory will hold."""
+    """Say so before hours go into Grams that no disk will hold; refuse what no memory will.
+
+    Raises:
+        ConfigError: If the Grams and their eigenvectors exceed this host's memory.
+    """
     sizes = [
         rows.unit_size(site)
         for site in sites.values()
@@ -136,6 +141,12 @@ def _warn_if_large(run: Run, sites: Mapping[str, Site], rows: GradientRows) -> N
         if run.config.projection_dim
         else "give --projection_dim, such as 16"
     )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 2 * total > memory:
+        raise ConfigError(
+            f"{len(sizes)} Grams of up to {max(sizes)} x {max(sizes)} and their eigenvectors take "
+            f"{bytes_in_words(2 * total)}, but this host has {bytes_in_words(memory)}; {advice}"
+        )
     line = (
         f"{len(sizes)} Grams of up to {max(sizes)} x {max(sizes)} take "
         f"{bytes_in_words(total)}; {advice}, unless they are wanted whole"
