@@ -1,10 +1,15 @@
 """Hugging Face checkpoints ↔ Flax modules: `from converters import load`."""
 
-from converters.hub import load_tokenizer
-from converters.loading import LoadedModel, load
-from converters.registry import create, decoder_config, register, supported
-from converters.rules import Family, Rule, conv1d, linear, norm
-from converters.saving import save
+import os
+
+# Before transformers is imported: it would warn that there is no torch, which we do without.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+from converters.hub import load_tokenizer  # noqa: E402
+from converters.loading import LoadedModel, load  # noqa: E402
+from converters.registry import create, decoder_config, register, supported  # noqa: E402
+from converters.rules import Family, Rule, conv1d, linear, norm  # noqa: E402
+from converters.saving import save  # noqa: E402
 
 __all__ = [
     "Family",
