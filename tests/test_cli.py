@@ -269,7 +269,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "runs/x.part/shard_0.saf
         (KeyboardInterrupt(), 130, "interrupted"),
         (FULL, 1, "the disk is full while writing runs/x.part/shard_0.safetensors"),
         (chained(RuntimeError("cannot write"), FULL), 1, "the disk is full"),
-        (PermissionError(errno.EACCES, "denied", "/root/x"), 1, "no permission for /root/x"),
+        (PermissionError(errno.EACCES, "denied", "/etc/x"), 1, "no permission for /etc/x"),
         (FakeXlaError("RESOURCE_EXHAUSTED: 9 GiB\nmore"), 1, "smaller --token_batch_size"),
         (MemoryError(), 1, "smaller --token_batch_size"),
         (BrokenPipeError(), 70, "unexpected BrokenPipeError (run"),

@@ -258,7 +258,6 @@ def test_demo_is_replayed_as_demo_and_named_for_bergson(tmp_path):
 
 
 def test_bergson_reads_our_config(tmp_path):
-    pytest.importorskip("bergson")
     from bergson.cli.commands import Hessian
     from bergson.config import HessianConfig, IndexConfig
     from bergson.config.config_io import load_subconfig, parse_steps, read_config
@@ -328,7 +327,6 @@ def test_labels_are_the_data_sets_for_the_dense_method_unless_asked():
 
 
 def test_bergson_reads_our_defaults_as_its_own(tmp_path):
-    pytest.importorskip("bergson")
     from bergson.config import IndexConfig
     from bergson.config.config_io import load_subconfig
 

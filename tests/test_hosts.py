@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jhessians.config import ComputeConfig
+from jhessians.interop.processor import GradientProcessor
 from jhessians.pipeline import compute
 from jhessians.progress import Progress
 from tests.oracles import bergson, checkpoints
@@ -112,6 +114,31 @@ def test_two_processes_compute_what_one_does(model, tmp_path, record_property):
         total = two["eigenvalue_correction_sharded"][module].sum()
         assert abs(total / values.sum() - 1) < INVARIANCE, module
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tkfac", "shampoo", "autocorrelation", "global"])
+def test_every_method_on_two_processes(model, tmp_path, method):
+    options: dict[str, Any] = {"method": method}
+    if method in ("autocorrelation", "global"):
+        target = "global" if method == "global" else "per_module"
+        options = {"method": "autocorrelation", "projection_dim": 4, "projection_target": target}
+    else:
+        options["num_shards"] = 2
+    options |= {"model": str(model), "dataset": str(model / "docs.jsonl"), "layout": "bergson"}
+    config = ComputeConfig(str(tmp_path / "one"), **options, world_size=1)
+    compute(config, Progress(quiet=True))
+    command = [str(tmp_path / "two"), *(f"--{name}={value}" for name, value in options.items())]
+    with Hosts(command, command) as hosts:
+        (code, _, errors_0), (other, _, errors_1) = hosts.finish()
+    assert (code, other) == (0, 0), errors_0 + errors_1
+    if options["method"] == "autocorrelation":
+        one, two = (GradientProcessor.load(tmp_path / run).hessians for run in ("one", "two"))
+        assert max(errors(two, one).values()) < INVARIANCE
+        return
+    one, two = bergson.read(tmp_path / "one"), bergson.read(tmp_path / "two")
+    for folder in ("activation_sharded", "gradient_sharded", "eigenvalue_sharded"):
+        assert max(errors(two[folder], one[folder]).values()) < INVARIANCE, folder
 
 
 def the_error(text: str) -> str:

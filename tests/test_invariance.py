@@ -14,6 +14,8 @@ from jax.sharding import NamedSharding
 import jhessians
 from jhessians.data.batching import Batch
 from jhessians.data.documents import Documents
+from jhessians.folds.shampoo import Shampoo
+from jhessians.folds.tkfac import TraceCovariance
 from jhessians.interop.export import ArraySource, export_factored
 from jhessians.mesh import mark_sharded, parameter_specs
 from tests import small
@@ -171,3 +173,11 @@ def test_everything_against_everything(family, labels):
         batches = widened(shuffled(batches, seed=devices), devices)
         result = fit(model, data, batches, labels=labels, devices=devices, fsdp=fsdp)
         compare(result, expected)
+
+
+@pytest.mark.parametrize("method", [TraceCovariance(), Shampoo()], ids=["tkfac", "shampoo"])
+def test_methods_whose_unit_is_the_document(model, data, method):
+    """All documents on one device, or in small batches on eight, each a unit of its own."""
+    whole = fit(model, data, small.batches(data, **PLAIN), method=method)
+    batches = small.batches(data, token_batch_size=16, max_shapes=1, devices=8)
+    compare(fit(model, data, batches, method=method, devices=8), whole)
