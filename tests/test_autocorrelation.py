@@ -396,7 +396,9 @@ def test_a_module_to_split_that_is_not_there(models, tmp_path):
         )  # fmt: skip
 
 
-def test_large_grams_are_announced():
+def test_large_grams_are_announced(monkeypatch):
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 50}
+    monkeypatch.setattr(os, "sysconf", pages.get)
     config = ComputeConfig(run_path="r", method="autocorrelation")
     said: list[str] = []
     run = SimpleNamespace(
@@ -410,8 +412,10 @@ def test_large_grams_are_announced():
 
 
 def test_grams_beyond_the_hosts_memory_are_refused(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 10)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}
+    size = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: pages.get(name) or size(name))
     monkeypatch.setattr(autocorrelation, "LARGE_BYTES", 1)
     with pytest.raises(ConfigError, match=r"eigenvectors take .*, but this host has 41\S* kB"):
-        ours(tmp_path / "run", models["llama"], world_size=1)
+        ours(tmp_path / "run", models / "llama")
     assert not list(tmp_path.iterdir())
