@@ -1,4 +1,4 @@
-"""TKFAC and Shampoo of whole models against bergson in float64, fitted a document at a time.
+"""Factored methods of whole models against bergson in float64, fitted a document at a time.
 
 bergson's unit of statistics is whatever batch it packs; ours is the document, which is its answer
 at a batch size of one.
@@ -22,7 +22,7 @@ QUICK = {("llama", "tkfac", False), ("llama", "shampoo", False), ("gpt_neox", "t
 CASES = [
     pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
     for case in itertools.product(
-        ("llama", "gpt_neox", "gpt2"), ("tkfac", "shampoo"), (False, True)
+        ("llama", "gpt_neox", "gpt2"), ("kfac", "tkfac", "shampoo"), (False, True)
     )
 ]
 
