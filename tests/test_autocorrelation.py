@@ -24,7 +24,7 @@ from jhessians.grams import fit_autocorrelations
 from jhessians.linalg.projection import Projection
 from jhessians.mesh import make_mesh
 from jhessians.methods import autocorrelation
-from jhessians.methods.autocorrelation import _warn_if_large, split_sites
+from jhessians.methods.autocorrelation import _check_memory, split_sites
 from jhessians.models.layers import Linear
 from jhessians.models.loss import NextTokenLoss
 from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer
@@ -405,9 +405,9 @@ def test_large_grams_are_announced(monkeypatch):
         config=config, dtype=np.dtype(np.float32), warnings=[],
         progress=SimpleNamespace(note=said.append),
     )  # fmt: skip
-    _warn_if_large(run, qkv(), GradientRows())
+    _check_memory(run, qkv(), GradientRows())
     assert not said
-    _warn_if_large(run, qkv(in_features=4096, out_features=4096), GradientRows())
+    _check_memory(run, qkv(in_features=4096, out_features=4096), GradientRows())
     assert "give --projection_dim, such as 16" in run.warnings[0] and len(said) == 1
 
 

@@ -49,7 +49,7 @@ def fit_run(run: Run) -> None:
     )
     joint = config.projection_target == "global"
     if not joint:
-        _warn_if_large(run, problem.sites, rows)
+        _check_memory(run, problem.sites, rows)
     normalizers = _normalizers(run, problem)
     documents = run.documents
     result = fit_autocorrelations(
@@ -121,7 +121,7 @@ def _projection(config: ComputeConfig) -> Projection | None:
     )
 
 
-def _warn_if_large(run: Run, sites: Mapping[str, Site], rows: GradientRows) -> None:
+def _check_memory(run: Run, sites: Mapping[str, Site], rows: GradientRows) -> None:
     """Say so before hours go into Grams that no disk will hold; refuse what no memory will.
 
     Raises:
