@@ -76,6 +76,7 @@ def compute(config: ComputeConfig, progress: Progress) -> Summary:
         timings=progress.timings,
         trees=trees,
         disk_bytes=disk_bytes,
+        padding_share=run.plan.padding_share,
         warnings=run.warnings,
         next_shell=shell,
         next_python=python,

@@ -191,6 +191,7 @@ def summary_of(**more):
         "documents": 1024,
         "skipped_documents": 3,
         "positions": 32640,
+        "padding_share": 0.0812,
         "devices": "2 x cpu",
         "timings": {"Load model": 1.25, "Covariances": 30.0, "Eigendecomposition": 8.0},
         "trees": [
@@ -212,6 +213,7 @@ def test_summary_fits_80_columns_and_says_it_all():
     assert max(len(line) for line in text.splitlines()) <= 80
     for words in (
         "ekfac factors are in runs/demo", "28", "1,024 documents", "3 skipped", "2 x cpu",
+        "8.1% of the positions that are computed",
         "32,640 positions", "Covariances", "30 s", "76%", "4.7 MB on disk", "eigenvalue_correction",
         "2 files", "4.2 MB", "8.5 MB shared", "processor_config.json", "needs more room"[6:],
         "bergson ekfac runs/demo-scores", "--nproc_per_node 2", "from_path('runs/demo', ev_corr",

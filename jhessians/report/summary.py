@@ -45,6 +45,7 @@ class Summary:
         timings: Seconds by stage, `Progress.timings`.
         trees: Every file tree written, see `measure_trees`.
         disk_bytes: Space taken on disk, hard links counted once.
+        padding_share: Share of computed positions that hold no token, `BatchPlan.padding_share`.
         product: What was fitted, in the plural.
         warnings: One line each.
         next_shell: A command that consumes the result, see `jhessians.report.next_steps`.
@@ -61,6 +62,7 @@ class Summary:
     timings: Mapping[str, float]
     trees: Sequence[Tree]
     disk_bytes: int
+    padding_share: float = 0.0
     product: str = "factors"
     warnings: Sequence[str] = field(default_factory=tuple)
     next_shell: str = ""
@@ -109,6 +111,7 @@ def render(summary: Summary) -> str:
     facts = {
         "modules": f"{summary.modules:,}",
         "data": f"{documents}, {count_in_words(summary.positions, 'position')}",
+        "padding": f"{summary.padding_share:.1%} of the positions that are computed",
         "devices": summary.devices,
         "time": seconds_in_words(total),
     }

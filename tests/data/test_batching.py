@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jhessians.data import Batch, Documents, iterate_batches, plan_batches
-from jhessians.data.batching import SHAPE_COST
+from jhessians.data.batching import MOST_SHAPES, SHAPE_COST
 from jhessians.errors import DatasetError
 
 
@@ -105,20 +105,27 @@ def test_a_shape_must_save_what_its_compilation_costs():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("token_batch_size", [2048, 8192])
 @pytest.mark.parametrize(
-    ("median", "spread", "cut", "max_shapes"),
-    [(400, 1.0, 1024, 8), (400, 1.3, 1024, 8), (150, 0.3, 2048, 8)]
-    # A wider spread needs more shapes: the boundaries are optimal, as the test above shows.
-    + [(150, spread, 2048, 24) for spread in (0.6, 1.0, 1.3)],
+    ("median", "spread", "cut"),
+    [(150, 0.3, 2048), (150, 0.6, 2048), (150, 1.0, 2048), (150, 1.3, 2048)]
+    + [(400, 1.0, 1024), (400, 1.0, 2048), (400, 1.3, 1024)],
 )
-def test_natural_lengths_are_padded_by_a_tenth_at_most(median, spread, cut, max_shapes, devices):
+def test_natural_lengths_are_padded_by_a_tenth_at_most(
+    median, spread, cut, token_batch_size, devices
+):
     # Enough documents that shapes are worth their compilations.
     lengths = natural_lengths(20_000, median=median, spread=spread, cut=cut)
-    plan = plan_batches(
-        lengths, token_batch_size=8192, devices=devices, max_shapes=max_shapes, max_length=cut
-    )
-    check(plan, lengths, 8192, devices, max_shapes, longest=cut)
+    plan = plan_batches(lengths, token_batch_size=token_batch_size, devices=devices, max_length=cut)
+    check(plan, lengths, token_batch_size, devices, MOST_SHAPES, longest=cut)
     assert plan.padding_share <= 0.10
+
+
+def test_few_documents_are_padded_rather_than_compiled_for():
+    lengths = natural_lengths(300)
+    plan = plan_batches(lengths, token_batch_size=2048, max_length=2048)
+    assert len(plan.shapes) <= 6
+    assert 0.10 < plan.padding_share < 0.35
 
 
 def test_plan_is_deterministic():
@@ -133,7 +140,7 @@ def test_a_million_documents_are_planned_in_seconds():
     start = time.monotonic()
     plan = plan_batches(lengths, token_batch_size=131_072, devices=8)
     assert time.monotonic() - start < 15
-    assert len(plan.shapes) <= 8
+    assert len(plan.shapes) <= MOST_SHAPES
     assert sum(len(documents) for documents, _ in plan.batches) == 1_000_000
     assert plan.padding_share < 0.12
 
