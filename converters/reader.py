@@ -1,14 +1,14 @@
 """The tensors of a Hugging Face checkpoint folder, by name, none of them read yet.
 
 Names and shapes come from the files' headers; a tensor's bytes are read when its `read` is called,
-and nothing keeps them afterwards.
+and nothing keeps them afterwards. Of a safetensors file any part of a tensor can be read.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Shaped
@@ -40,6 +40,15 @@ class StoredTensor(Protocol):
         ...
 
 
+@runtime_checkable
+class SlicedTensor(StoredTensor, Protocol):
+    """A tensor in a file of which a part can be read alone."""
+
+    def read_slice(self, index: Sequence[slice]) -> Shaped[np.ndarray, "..."]:
+        """The values in one slice per axis, and nothing else, from the disk."""
+        ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder's tensors.
@@ -53,23 +62,23 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FILES) -> Checkpoint:
     """Find a folder's weights and check that all of its files are whole.
 
     Args:
-        folder: Holds one of `WEIGHT_FILES`; for an index also the shards that it names.
+        folder: Holds one of `weight_files`; for an index also the shards that it names.
+        weight_files: What the weights are looked for in, in this order.
 
     Raises:
         CheckpointError: If there are no weights, a shard is missing or truncated, a file is a Git
             LFS pointer, or two files hold a tensor of the same name.
     """
     folder = Path(folder)
-    name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    name = next((name for name in weight_files if (folder / name).is_file()), None)
     if name is None:
-        raise CheckpointError(
-            f"{folder} has no weights; expected model.safetensors or pytorch_model.bin, or the "
-            "index.json of either with its shards"
-        )
+        whole = [name for name in weight_files if not name.endswith(".index.json")]
+        shards = ", or the index.json of either with its shards" if whole != [*weight_files] else ""
+        raise CheckpointError(f"{folder} has no weights; expected {' or '.join(whole)}{shards}")
     if not name.endswith(".index.json"):
         return Checkpoint(folder, _open_file(folder / name))
     index = shard_index(folder / name)

@@ -1,4 +1,4 @@
-"""safetensors files, read one tensor at a time and written one tensor at a time.
+"""safetensors files, read one tensor or a part of one at a time, and written one at a time.
 
 Plain reads rather than a memory map: a map's pages count as this process's memory for as long as
 the file is open, and a file that shrinks under a map kills the process.
@@ -10,7 +10,7 @@ References:
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,19 +58,39 @@ class SafetensorsTensor:
         Raises:
             CheckpointError: If the file is gone or has become shorter.
         """
-        raw = np.empty(math.prod(self.shape) * self.dtype.itemsize, np.uint8)
+        return self.read_slice((slice(None),) * len(self.shape))
+
+    def read_slice(self, index: Sequence[slice]) -> Shaped[np.ndarray, "..."]:
+        """A part of the values, of which nothing else is read; otherwise as `read`.
+
+        Args:
+            index: One slice per axis, without a step.
+        """
+        bounds = [part.indices(n)[:2] for part, n in zip(index, self.shape, strict=True)]
+        shape = tuple(stop - start for start, stop in bounds)
+        # Behind the last axis that is cut, what is wanted lies in one piece.
+        cut = [axis for axis, n in enumerate(shape) if n != self.shape[axis]]
+        outer = cut[-1] if cut else 0
+        strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(shape))]
+        values = np.empty(shape, self.dtype)
+        pieces = values.reshape((*shape[:outer], math.prod(shape[outer:]))).view(np.uint8)
+        first = sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self.start)
-                view = raw.data
-                # One raw read gives at most 2 GiB.
-                while view and (count := file.readinto(view)):
-                    view = view[count:]
+                for place in np.ndindex(pieces.shape[:-1]):
+                    inside = sum(i * strides[axis] for axis, i in enumerate(place))
+                    file.seek(self.start + (first + inside) * self.dtype.itemsize)
+                    view = pieces[place].data
+                    # One raw read gives at most 2 GiB.
+                    while view and (count := file.readinto(view)):
+                        view = view[count:]
+                    if view:
+                        raise CheckpointError(
+                            f"{self.path} became shorter while it was read; download again"
+                        )
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from None
-        if view:
-            raise CheckpointError(f"{self.path} became shorter while it was read; download again")
-        return raw.view(self.dtype).reshape(self.shape)
+        return values
 
 
 def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
