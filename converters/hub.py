@@ -1,13 +1,16 @@
 """A model's files: a local folder, or a snapshot on the Hugging Face Hub of which we take the
-files that we need, one after the other.
+files that we need, one after the other. An adapter's lie beside those of its base model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converters.reader import WEIGHT_FILES, shard_index
+from converters.reader import WEIGHT_FILES, read_json, shard_index
 from jhessians.errors import CheckpointError
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""What tells a folder of peft's from one of transformers'."""
 
 TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -31,12 +34,14 @@ class Source:
         repository: The Hub's name for it; None for a folder of the user's own.
         revision: The snapshot's commit, so that all files are of one.
         files: What the repository has; nothing if it can't be reached.
+        adapter: Where the files of the adapter come from that the model is to have, if any.
     """
 
     folder: Path
     repository: str | None = None
     revision: str | None = None
     files: frozenset[str] = frozenset()
+    adapter: "Source | None" = None
 
     def obtain(self, file: str) -> bool:
         """Whether the model has this file, which then lies in `folder`."""
@@ -62,23 +67,55 @@ class Source:
 
 
 def find(name_or_folder: str | Path, revision: str | None = None) -> Source:
-    """A model's source, with its config.json.
+    """A model's source, with its config.json; for an adapter that of its base model.
 
     Args:
         name_or_folder: A folder, or a name on the Hub such as `EleutherAI/pythia-160m`.
-        revision: The Hub's branch, tag or commit; default the main branch.
+        revision: The Hub's branch, tag or commit; default the main branch. An adapter says itself
+            which one of its base model it needs.
 
     Raises:
         CheckpointError: If there is no such folder, or the Hub has no such model or can't be
-            reached.
+            reached; or an adapter's base model is missing.
     """
+    source = _find(name_or_folder, revision)
+    if not source.obtain(ADAPTER_CONFIG):
+        return source
+    path = source.folder / ADAPTER_CONFIG
+    settings = read_json(path)
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"{path} names no base model; expected its folder or its name on the Hub as "
+            "base_model_name_or_path; add it"
+        )
+    beside = source.folder / base
+    try:
+        if not Path(base).is_dir() and beside.is_dir():
+            return replace(_find(beside, None), adapter=source)
+        return replace(_find(base, settings.get("revision")), adapter=source)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the adapter {name_or_folder} needs its base model: {error}; or correct "
+            f"base_model_name_or_path in {path}"
+        ) from None
+
+
+def _find(name_or_folder: str | Path, revision: str | None) -> Source:
+    """The source of a folder or repository, whatever it holds."""
     name = str(name_or_folder)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Source(folder)
     if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name} isn't a folder; expected one, or a name on the Hub")
-    config = _download(name, revision, "config.json")
+    try:
+        config = _download(name, revision, "config.json")
+    except CheckpointError as error:
+        try:
+            config = _download(name, revision, ADAPTER_CONFIG)
+        except CheckpointError:
+            raise error from None
     return Source(config.parent, name, config.parent.name, _list(name, config.parent.name))
 
 
@@ -92,12 +129,14 @@ def load_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> A
 
 
 def tokenizer_of(source: Source) -> Any:
-    """The tokenizer among a model's files; None if there is none.
+    """The tokenizer among a model's files, an adapter's before its base's; None if there is none.
 
     Raises:
         CheckpointError: If transformers can't make sense of it.
     """
-    if not source.obtain_tokenizer():
+    if source.adapter is not None and source.adapter.obtain_tokenizer():
+        source = source.adapter
+    elif not source.obtain_tokenizer():
         return None
     from transformers import AutoTokenizer
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
-from converters import hub, registry, rules
+from converters import adapters, hub, registry, rules
 from converters.reader import StoredTensor, open_checkpoint
 from jhessians.errors import CheckpointError, NumericsError
 from jhessians.mesh import mark_sharded, parameter_specs
@@ -50,7 +50,8 @@ def load(
     """Load a Hugging Face checkpoint as a Flax module.
 
     Args:
-        name_or_folder: A folder, or a name on the Hub such as `EleutherAI/pythia-160m`.
+        name_or_folder: A folder, or a name on the Hub such as `EleutherAI/pythia-160m`. That of a
+            LoRA adapter loads its base model, frozen, with the adapter beside it.
         dtype: Of the parameters, "bfloat16" or `jnp.bfloat16`; default the checkpoint's own, the
             widest if it has several.
         revision: The Hub's branch, tag or commit.
@@ -73,6 +74,7 @@ def load(
     config = registry.read_config(source.folder)
     registry.decoder_config(config)  # refuses before anything large is downloaded
     family = registry.family_of(config)
+    adapter = adapters.open_adapter(source.adapter) if source.adapter else None
     source.obtain_weights()
     checkpoint = open_checkpoint(source.folder)
 
@@ -80,6 +82,10 @@ def load(
     wanted = rules.slots(family, parameter_shapes(model))
     stored = rules.match(family, wanted, checkpoint)
     rules.check_tied(family, wanted, checkpoint)
+    if adapter is not None:
+        shapes = parameter_shapes(model)
+        slots, tensors = adapters.attach(model, adapter, family, wanted, shapes)
+        wanted, stored = {**wanted, **slots}, {**stored, **tensors}
     dtype = _parameter_dtype(stored) if dtype is None else jnp.dtype(dtype)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise CheckpointError(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
-from converters import registry, rules
+from converters import adapters, registry, rules
 from converters.loading import parameters
 from converters.safetensors_file import write_safetensors
 from jhessians.mesh import fetch
@@ -34,7 +34,7 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write a folder that transformers loads.
+    """Write a folder that transformers loads; a model with an adapter is refused.
 
     Args:
         model: With the parameters, on one device or sharded over a mesh.
@@ -45,9 +45,10 @@ def save(
         overwrite: Replace a folder of that name.
 
     Raises:
-        CheckpointError: If no family is registered for the config.
+        CheckpointError: If no family is registered for the config, or the model has an adapter.
         OutputError: If the folder exists, or the disk is full or not ours to write to.
     """
+    adapters.refuse(model, "which save doesn't write")
     family = registry.family_of(config)
     arrays = {path: variable.get_value() for path, variable in parameters(model).items()}
     wanted = rules.slots(family, {path: array.shape for path, array in arrays.items()})

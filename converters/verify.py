@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from converters import hub, registry, rules
+from converters import adapters, hub, registry, rules
 from converters.loading import load, parameters
 from converters.reader import open_checkpoint
 from converters.saving import to_theirs
@@ -53,6 +53,7 @@ def verify(name_or_folder: str | Path, *, revision: str | None = None, tokens: i
         NumericsError: If a weight or a logit is NaN or infinite.
     """
     model, config, _ = load(name_or_folder, revision=revision)
+    adapters.refuse(model, "which verify can't write back")
     family = registry.family_of(config)
     arrays = {path: variable.get_value() for path, variable in parameters(model).items()}
     wanted = rules.slots(family, {path: array.shape for path, array in arrays.items()})

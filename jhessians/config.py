@@ -67,7 +67,8 @@ class ComputeConfig:
 
     model: str | None = option(
         None,
-        "Hugging Face Hub name or local folder of the checkpoint.",
+        "Hugging Face Hub name or local folder of the checkpoint, or of a LoRA adapter, whose own "
+        "linears are then recorded.",
         group=SOURCES,
         metavar="NAME",
         default_text="the embedded demo",

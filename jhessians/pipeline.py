@@ -111,8 +111,13 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
     model_name = str(demo.MODEL) if config.is_demo else str(config.model)
     dataset_name = str(demo.DATASET) if config.is_demo else str(config.dataset)
     with progress.stage("Data"), together():
-        folder = converters.hub.find(model_name, config.revision).folder
-        settings = converters.registry.read_config(folder)
+        source = converters.hub.find(model_name, config.revision)
+        if source.adapter is not None and config.optimizer_state is not None:
+            raise ConfigError(
+                f"--optimizer_state is given, but {model_name} is an adapter, whose parameters' "
+                "order in an optimizer isn't known here; estimate with --normalizer adam"
+            )
+        settings = converters.registry.read_config(source.folder)
         shape = converters.decoder_config(settings)
         tokenizer = _tokenizer(config, model_name)
         documents = load_documents(

@@ -207,12 +207,14 @@ class Tapped(nnx.Module):
 
     tape: Tape | None = None
     name: str | None = None
+    frozen: bool = False  # is not recorded itself; what is inside it may be
+    members: tuple[int, ...] | None = None  # which of a stack's to record; default all
     scans = False  # whether it runs blocks of its own, and attaches the tape to each
 
 
 def tapped_modules(model: nnx.Module, prefix: str = "") -> Iterator[tuple[str, Tapped]]:
     """Path and module of every tapped module that is not inside another one."""
-    if isinstance(model, Tapped):
+    if isinstance(model, Tapped) and not model.frozen:
         yield prefix, model
         return
     for key, child in nnx.iter_module_children(model):

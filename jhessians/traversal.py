@@ -115,12 +115,13 @@ class _Listener(Tape):
         if name in self.calls:  # a second call reads another input
             self.calls[name] = (self.calls[name][0], None)
         else:
+            every = None if self.layers is None else tuple(range(self.layers))
             site = Site(
                 name,
                 in_features=kernel.shape[0],
                 out_features=kernel.shape[1],
                 use_bias=getattr(linear, "bias", None) is not None,
-                layers=None if self.layers is None else tuple(range(self.layers)),
+                layers=every if linear.members is None else linear.members,
                 stack_size=self.layers,
             )
             self.calls[name] = (site, x)

@@ -4,6 +4,7 @@ x: [document, position, in]. A kernel is stored [in, out], as in Flax.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,8 @@ def per_feature(vector: Float[Array, " d"], x: Float[Array, "*rows d"]) -> Float
 class Linear(Tapped):
     """y = x W + b, the layer whose inputs and output gradients every fold sees.
 
+    Its attribute `adapter` may be set to a module (`jhessians.models.lora`) whose output is added.
+
     Args:
         in_features: I.
         out_features: O.
@@ -49,6 +52,8 @@ class Linear(Tapped):
         dtype: Of the parameters.
         rngs: Seeds the kernel, normal with standard deviation 1 / sqrt(I).
     """
+
+    adapter: Any = None
 
     def __init__(
         self,
@@ -72,7 +77,8 @@ class Linear(Tapped):
     def __call__(self, x: Float[Array, "*rows i"]) -> Float[Array, "*rows o"]:
         kernel = self.kernel[...]
         y = x @ kernel if self.tape is None else self.tape.record(self, x, kernel)
-        return y if self.bias is None else y + per_feature(self.bias[...], y)
+        y = y if self.bias is None else y + per_feature(self.bias[...], y)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class Stack(Tapped):
