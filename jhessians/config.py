@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jhessians.errors import ConfigError
 from jhessians.interop.layout import Layout
 from jhessians.options import check_all, option, options_of
+from jhessians.precision import HIGHEST, MATMUL_PRECISIONS
 
 SOURCES = "what to run on"
 DATA = "data"
@@ -180,6 +181,13 @@ class ComputeConfig:
         group=NUMBERS,
         choices=PRECISIONS,
         bergson="hessian_cfg.hessian_dtype",
+    )
+    matmul_precision: str = option(
+        HIGHEST,
+        "How float32 numbers are multiplied: in full or, on GPU and TPU, faster and less exactly, "
+        "split into bfloat16 or TF32 parts (x6, x3: so many products) or rounded to one.",
+        group=NUMBERS,
+        choices=tuple(MATMUL_PRECISIONS),
     )
     seed: int = option(
         0,

@@ -25,6 +25,7 @@ from jhessians.mesh import make_mesh, require_same, start_hosts, together
 from jhessians.methods import FITS
 from jhessians.models.loss import NextTokenLoss
 from jhessians.options import matching
+from jhessians.precision import require_supported
 from jhessians.progress import Progress
 from jhessians.provenance import config_document
 from jhessians.report.next_steps import next_steps
@@ -49,6 +50,7 @@ def compute(config: ComputeConfig, progress: Progress) -> Summary:
     first = jax.process_index() == 0
     progress.quiet |= not first
     mesh = make_mesh(config.world_size)
+    require_supported(config.matmul_precision, jax.local_devices()[0])
     with ExitStack() as stack:
         with together():
             directory = RunDirectory(config.run_path, config.overwrite, writer=first)
@@ -158,7 +160,10 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
     split = matching("split_attention_modules", config.split_attention_modules, names)
     # As names: bergson takes no globs here.
     config = replace(config, split_attention_modules=tuple(split))
-    problem = Problem(loss, model, sites, mesh=spread, draws=config.mc_samples)
+    problem = Problem(
+        loss, model, sites,
+        mesh=spread, draws=config.mc_samples, matmul_precision=config.matmul_precision,
+    )  # fmt: skip
     return Run(
         config,
         progress,

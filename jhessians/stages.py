@@ -23,6 +23,7 @@ from jhessians.linalg.eigen import (
 )
 from jhessians.linalg.symmetric import unpack
 from jhessians.mesh import axis_names, fetch, put_batch
+from jhessians.precision import HIGHEST
 from jhessians.tape import Fold, JointFold, Site, Statistics
 from jhessians.traversal import Loss, accumulate, initialize
 from jhessians.typing import Array, DTypeLike, PyTree
@@ -41,6 +42,7 @@ class Problem:
         mask: Tells from a batch which positions count; None if all do.
         mesh: Devices; None for the default one alone.
         draws: How many losses `loss` returns, over which statistics are averaged.
+        matmul_precision: How float32 numbers are multiplied, of `jhessians.precision`.
     """
 
     loss: Loss
@@ -49,6 +51,7 @@ class Problem:
     mask: Callable[[Any], Array | None] = lambda batch: getattr(batch, "position_mask", None)
     mesh: Mesh | None = None
     draws: int = 1
+    matmul_precision: str = HIGHEST
 
     @property
     def hosts(self) -> int:
@@ -88,7 +91,7 @@ def run_pass(
         return accumulate(
             fold, problem.loss, nnx.merge(graph, state), batch, statistics,
             sites=problem.sites, mask=problem.mask(batch), operands=operands,
-            draws=problem.draws, mesh=mesh,
+            draws=problem.draws, mesh=mesh, matmul_precision=problem.matmul_precision,
         )  # fmt: skip
 
     def finish(batch, loss):

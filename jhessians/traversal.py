@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jhessians.mesh import axis_names, parameter_specs
+from jhessians.precision import HIGHEST, multiplying
 from jhessians.tape import (
     Context,
     Fold,
@@ -169,6 +170,7 @@ def accumulate(
     operands: Mapping[str, Mapping[str, Any]] | None = None,
     draws: int = 1,
     mesh: Mesh | None = None,
+    matmul_precision: str = HIGHEST,
 ) -> tuple[Statistics, Float[Array, ""]]:
     """Add one batch's terms to the statistics.
 
@@ -185,12 +187,14 @@ def accumulate(
         operands: Per site, further arrays that the fold needs, rows sharded like statistics.
         draws: How many losses `loss` returns, in a vector; statistics are averaged over them.
         mesh: Spreads documents and rows over all its axes; default the one device of `batch`.
+        matmul_precision: How float32 numbers are multiplied, of `jhessians.precision`.
 
     Returns:
         The new statistics, and the batch's loss.
 
     Raises:
         ValueError: If `loss` returns another number of losses, or a joint fold gets no mask.
+        ConfigError: If the device doesn't multiply in this precision.
     """
     if isinstance(fold, JointFold) and mask is None:
         raise ValueError(f"{fold.joint} rows need the mask of the positions that count")
@@ -232,7 +236,7 @@ def accumulate(
 
     batch, mask, operands = jax.tree.map(jnp.asarray, (batch, mask, operands or {}))
     arguments = (state, batch, mask, statistics, operands)
-    with jax.default_matmul_precision("highest"):
+    with multiplying(matmul_precision, mesh):
         if mesh is None:
             return local(*arguments)
         rows = row_specs(sites, statistics, mesh)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from jhessians.config import AUTOCORRELATION, METHODS, ComputeConfig
 from jhessians.errors import ConfigError
 from jhessians.options import Option, options_of
+from jhessians.precision import HIGHEST
 
 HEAD_AXIS = 2  # the features' of [document, position, feature]
 
@@ -19,6 +20,7 @@ def check_together(config: ComputeConfig) -> None:
         ConfigError: The first clash found.
     """
     _check_sources(config)
+    _check_numbers(config)
     _check_method(config)
     _check_loss(config)
     _check_chunks(config)
@@ -47,6 +49,19 @@ def _check_sources(config: ComputeConfig) -> None:
         )
     if not config.prompt_column and not config.conversation_column:
         raise ConfigError("--prompt_column is empty; name the column that holds the text")
+
+
+def _check_numbers(config: ComputeConfig) -> None:
+    if config.matmul_precision == HIGHEST:
+        return
+    # XLA would round 64 bits to these as well, and widen 16 bits to no end.
+    for name in ("precision", "hessian_dtype"):
+        other = getattr(config, name)
+        if other == "fp64" or (name == "precision" and other != "fp32"):
+            raise ConfigError(
+                f"--matmul_precision {config.matmul_precision} is for products of float32 numbers, "
+                f"not for --{name} {other}; leave one of them out"
+            )
 
 
 def _check_method(config: ComputeConfig) -> None:

@@ -86,7 +86,7 @@ def test_changed_config_changes_everything_it_can():
     }
     # These exclude options that are set above, or have but one value.
     assert same == {"conversation_column", "chunk_length", "mc_samples", "reshape_to_square",
-                    "normalizer", "head_dim"}  # fmt: skip
+                    "normalizer", "head_dim", "matmul_precision"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,7 @@ def test_changed_config_changes_everything_it_can():
         CHANGED_DENSE,
         ComputeConfig(run_path="r", **REAL, conversation_column="chat", prompt_column=""),
         ComputeConfig(run_path="r", **REAL, chunk_length=64),
+        ComputeConfig(run_path="r", matmul_precision="bf16_x3"),
     ],
 )
 def test_yaml_round_trip(tmp_path, config):
