@@ -157,9 +157,9 @@ def _modules(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, dict[str,
             f"linears of its layers, such as {_example(slots)}; {MERGE}"
         )
     missing = [f"{name}.lora_{p}" for name in found for p in "AB" if p not in found[name]]
+    linears = (_module(name) for name, slot in slots.items() if _is_linear(slot))
     wanted = aims_at(adapter.settings)
-    missing += [n for n in map(_module, slots) if n not in found and _is_linear(
-        slots[f"{n}.weight"]) and wanted(n)]  # fmt: skip
+    missing += [name for name in linears if name not in found and wanted(name)]
     if missing or not found:
         raise CheckpointError(
             f"{adapter.where} lacks {_some(missing) if missing else 'any lora_A and lora_B'}; "

@@ -11,20 +11,22 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import converters.hub
-from converters import load, load_tokenizer, save
+from converters import load, load_tokenizer, save, supported
 from converters.loading import parameters
 from converters.verify import verify
 from jhessians.cli import main
 from jhessians.config import ComputeConfig
 from jhessians.errors import CheckpointError, ConfigError
 from jhessians.mesh import make_mesh
-from jhessians.models.lora import LoRA
+from jhessians.models.layers import Linear
+from jhessians.models.lora import LoRA, freeze
 from jhessians.pipeline import compute
 from jhessians.progress import Progress
+from jhessians.traversal import find_sites
 from tests.converters.comparison import documents, error, our_logits, their_logits
 from tests.oracles import adapters, bergson, checkpoints
 from tests.test_bergson import COVARIANCES, factor_errors
-from tests.tolerances import FACTORS, FLOAT64_FACTORS, INVARIANCE, LOGITS, TWIN
+from tests.tolerances import FACTORS, FLOAT64_FACTORS, INVARIANCE, LOGITS, SCORE_CORRELATION, TWIN
 
 LENGTHS = (2, 40, 9, 25, 3, 60)
 LLAMA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -43,6 +45,10 @@ CASES = {
     "gpt2": ("gpt2", {}, {**GPT2, "use_rslora": True}),
     "fused": ("phi3", {}, {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.5}),
 }  # fmt: skip
+
+
+# One runs always; and bergson doesn't look for base models beside adapters.
+SKIPPED = {"some layers", "regex"}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +104,19 @@ def test_logits_equal_pefts(name, adapter, record_property):
     assert error(our_logits(model, batch), expected) > TWIN
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", supported())
+def test_every_family(family, adapter):
+    """All linears, or of a mixture of experts, whose routers and experts aren't such, some."""
+    mixture = {"num_experts", "num_local_experts"} & checkpoints.ARCHITECTURES[family](320).keys()
+    targets = ["q_proj", "v_proj"] if mixture else "all-linear"
+    base, folder = adapter(family, {}, {"r": 4, "lora_alpha": 3, "target_modules": targets})
+    batch = documents()
+    expected = adapters.logits(base, folder, batch)
+    assert error(our_logits(load(folder).model, batch), expected) < LOGITS
+    assert error(their_logits(base, batch), expected) > TWIN
+
+
 def test_torchs_own_format(adapter, tmp_path):
     import torch
 
@@ -143,10 +162,7 @@ def with_documents(folder: Path, family: str, count: int = 12) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "some layers",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "some layers"),
-    ],
+    ["some layers", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in SKIPPED)],
 )
 def test_factors_equal_bergsons(name, adapter, tmp_path, record_property):
     family, *_ = CASES[name]
@@ -186,6 +202,19 @@ def test_float64_by_the_command_line(adapter, tmp_path, record_property):
         assert worst[kind] < FLOAT64_FACTORS, kind
 
 
+@pytest.mark.slow
+def test_bergson_scores_with_our_factors(adapter, tmp_path):
+    _, folder = adapter(*CASES["some layers"])
+    data = with_documents(folder, "llama")
+    queries = checkpoints.corpus(folder, 3, seed=7, lengths=(8, 30), name="query.jsonl")
+    fitted(folder, data, tmp_path / "given" / "hessian" / "kfac")
+    # `ekfac_scores` makes sure that bergson skips its own fit.
+    given, own = (
+        bergson.ekfac_scores(tmp_path / name, folder, data, queries) for name in ("given", "own")
+    )
+    assert np.corrcoef(given.ravel(), own.ravel())[0, 1] > SCORE_CORRELATION
+
+
 def test_eight_devices_change_nothing(adapter, tmp_path):
     _, folder = adapter("llama", {"hidden_size": 64}, {**LLAMA, "r": 16})
     data = with_documents(folder, "llama", 8)
@@ -196,14 +225,20 @@ def test_eight_devices_change_nothing(adapter, tmp_path):
             assert error([eight[kind][module]], [value]) < INVARIANCE, (kind, module)
 
 
+@pytest.mark.slow
 def test_modules_can_be_chosen_and_dense_methods_work(adapter, tmp_path):
-    _, folder = adapter()
+    _, folder = adapter(settings={**LLAMA, "r": 6})
     data = with_documents(folder, "llama", 4)
     options = {"method": "autocorrelation", "modules": ("*.lora_A.default",), "projection_dim": 4}
     config = ComputeConfig(
         str(tmp_path / "run"), model=str(folder), dataset=str(data), world_size=1, **options
     )
     assert compute(config, Progress(quiet=True)).modules == 6
+
+
+def test_optimizer_states_are_refused(adapter, tmp_path):
+    _, folder = adapter(settings={**LLAMA, "r": 6})
+    data = with_documents(folder, "llama", 4)
     with pytest.raises(ConfigError, match="--normalizer adam"):
         fitted(folder, data, tmp_path / "x", method="autocorrelation", optimizer_state="o.pt")
 
@@ -240,6 +275,29 @@ def test_adapters_on_the_hub(adapter, monkeypatch):
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         files["someone/nothing"] = folder.parent
         converters.hub.find("someone/nothing")
+
+
+class Narrow(nnx.Module):
+    """Two linears, of which the second one has an adapter."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.up, self.down = Linear(4, 6, rngs=rngs), Linear(6, 3, rngs=rngs)
+        freeze(self)
+        self.down.adapter = LoRA(6, 3, 2, scale=2.0, dtype=np.float32, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(self.up(x))
+
+
+def test_an_adapter_in_a_model_of_ones_own():
+    model, x = Narrow(), jax.numpy.ones((2, 5, 4))
+    sites = find_sites(lambda m, batch: m(batch).sum(), model, x)
+    assert list(sites) == ["down.adapter.lora_A", "down.adapter.lora_B"]
+    lora = model.down.adapter
+    update = 2 * lora.lora_A.kernel[...] @ lora.lora_B.kernel[...]
+    expected = x @ model.up.kernel[...] @ (model.down.kernel[...] + update)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5)
 
 
 def refused(folder: Path, *words: str) -> None:
