@@ -445,6 +445,20 @@ class ComputeConfig:
         group=OUTPUT,
         bergson="index_cfg.overwrite",
     )
+    profile: bool = option(
+        False,
+        "After the summary, print each stage's seconds, arithmetic, share of the machine's peak "
+        "and memory, and write them to profile.json.",
+        group=OUTPUT,
+    )
+    profile_trace: str | None = option(
+        None,
+        "Write a trace of the run for XProf and Perfetto to this folder; take few tokens, since "
+        "traces grow fast.",
+        group=OUTPUT,
+        metavar="DIR",
+        default_text="none",
+    )
     quiet: bool = option(
         False,
         "Print nothing but errors.",

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import converters.hub
 import converters.parameter_order
 import converters.registry
-from jhessians import demo
+from jhessians import demo, profiling
 from jhessians.config import ComputeConfig
 from jhessians.data.batching import Batch, BatchPlan, iterate_batches, plan_batches
 from jhessians.data.documents import Documents
@@ -55,9 +55,11 @@ def compute(config: ComputeConfig, progress: Progress) -> Summary:
         with together():
             directory = RunDirectory(config.run_path, config.overwrite, writer=first)
             part = stack.enter_context(directory)
+            recorder = stack.enter_context(profiling.observed(config, progress, part))
         run = _prepare(config, mesh, progress, part)
         FITS[config.bergson_method](run)
         _write_config(run)
+        profile = recorder.finish(run) if recorder else None
         with together():
             stack.close()
     # Only the first process is sure to see the folder, and only it has something to say.
@@ -79,6 +81,7 @@ def compute(config: ComputeConfig, progress: Progress) -> Summary:
         trees=trees,
         disk_bytes=disk_bytes,
         padding_share=run.plan.padding_share,
+        profile=profile,
         warnings=run.warnings,
         next_shell=shell,
         next_python=python,
@@ -102,10 +105,13 @@ class _Batches:
     plan: BatchPlan
 
     def __iter__(self) -> Iterator[Batch]:
-        return iterate_batches(
+        batches = iterate_batches(
             self.documents, self.plan,
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
+        for number, batch in enumerate(batches):
+            with jax.profiler.StepTraceAnnotation("batch", step_num=number):
+                yield batch
 
 
 def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) -> Run:

@@ -106,6 +106,7 @@ class Progress:
     Attributes:
         timings: Seconds by stage name, in order; a name used twice holds the sum, in the last
             one's place.
+        around: Called with each stage's name for a context to run it in.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Progress:
     ) -> None:
         self.quiet = quiet
         self.timings: dict[str, float] = {}
+        self.around: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext()
         self._console = console or Console(stderr=True)
         self._clock = clock
         self._open: Stage | None = None
@@ -141,7 +143,7 @@ class Progress:
         stage = Stage(name, total, unit, self._clock)
         self._open = stage
         try:
-            with self._display(stage):
+            with self.around(name), self._display(stage):
                 yield stage
             self._say(_closing_line(stage))
         finally:

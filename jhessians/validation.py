@@ -5,6 +5,8 @@ Every message is one line: what clashes, and what to change.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jhessians.config import AUTOCORRELATION, METHODS, ComputeConfig
 from jhessians.errors import ConfigError
 from jhessians.options import Option, options_of
@@ -26,6 +28,7 @@ def check_together(config: ComputeConfig) -> None:
     _check_chunks(config)
     _check_projection(config)
     _check_heads(config)
+    _check_trace(config)
 
 
 def _check_sources(config: ComputeConfig) -> None:
@@ -171,6 +174,17 @@ def _check_heads(config: ComputeConfig) -> None:
         raise ConfigError(
             f"--head_dim {config.head_dim} is no axis of features; heads are split along axis "
             f"{HEAD_AXIS} of [document, position, feature]: leave it out"
+        )
+
+
+def _check_trace(config: ComputeConfig) -> None:
+    if config.profile_trace is None:
+        return
+    run, trace = Path(config.run_path).absolute(), Path(config.profile_trace).absolute()
+    if trace.is_relative_to(run):
+        raise ConfigError(
+            f"--profile_trace {config.profile_trace} lies in RUN_PATH, which appears only when the "
+            "run is done; give a folder outside of it"
         )
 
 

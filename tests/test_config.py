@@ -48,6 +48,8 @@ CHANGED = ComputeConfig(
     num_shards=3,
     layout="bergson",
     overwrite=True,
+    profile=True,
+    profile_trace="runs/trace",
     quiet=True,
     debug=True,
 )

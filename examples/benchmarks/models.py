@@ -8,6 +8,11 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # for a checkout that isn't installed
+
+from jhessians.report import arithmetic  # noqa: E402
 
 HEAD_SIZE = 64
 WEIGHTS = "model.safetensors"
@@ -43,20 +48,38 @@ class Shape:
         return f"{self.width},{self.layers},{self.inner},{self.vocabulary}"
 
     @property
-    def inputs(self) -> list[tuple[int, list[int]]]:
-        """A block's distinct inputs: (width, output widths of the linears that share it)."""
+    def linears(self) -> list["Linears"]:
+        """All blocks' linears, by name."""
         d, f = self.width, self.inner
-        return [(d, [d, d, d]), (d, [d]), (d, [f, f]), (f, [d])]
+        return [
+            Linears(name, i, o, owner, self.layers)
+            for name, i, o, owner in (
+                ("q", d, d, "q"), ("k", d, d, "q"), ("v", d, d, "q"), ("o", d, d, "o"),
+                ("gate", d, f, "gate"), ("up", d, f, "gate"), ("down", f, d, "down"),
+            )
+        ]  # fmt: skip
 
     @property
-    def block_weights(self) -> int:
-        """Entries of one block's matrices."""
-        return sum(i * sum(outputs) for i, outputs in self.inputs)
+    def weights(self) -> float:
+        """Entries of all blocks' matrices and the head's."""
+        return arithmetic.multiplied_weights(self.linears, head=self.width * self.vocabulary)
+
+
+class Linears(NamedTuple):
+    """One linear of every block, as `jhessians.report.arithmetic` counts them."""
+
+    name: str
+    in_features: int
+    out_features: int
+    input_site: str
+    layers: int
 
     @property
-    def passes_flop(self) -> float:
-        """Per token, forward and backward to the inputs only: 4 per weight, the head's too."""
-        return 4 * (self.layers * self.block_weights + self.width * self.vocabulary)
+    def inputs(self) -> int:
+        return self.in_features
+
+    def module_names(self) -> list[str]:
+        return [f"{self.name}.{layer}" for layer in range(self.layers)]
 
 
 @dataclass(frozen=True)
@@ -68,46 +91,45 @@ class Arithmetic:
 
 
 def needed(shape: Shape, chunk: int) -> Arithmetic:
-    """What no implementation in plain arithmetic does without.
-
-    Half of each symmetric product, one A and one rotation per distinct input, no gradient of a
-    weight in the first pass; in the second pass each document's gradient is rotated either as its
-    vectors or as a matrix, whichever is cheaper.
+    """What no implementation in plain arithmetic does without (`jhessians.report.arithmetic`).
 
     Args:
         shape: Of the model.
         chunk: Tokens of a document.
     """
-    grams = rotations = 0.0
-    for i, outputs in shape.inputs:
-        grams += i * i + sum(o * o for o in outputs)
-        rotations += min(2 * i * i, sum(2 * o * i * i for o in outputs) / chunk)
-        rotations += sum(min(2 * o * o, 2 * i * o * o / chunk) for o in outputs)
-    gradients = 2 * shape.block_weights
+    document = {chunk: 1}
+    both = arithmetic.passes(shape.weights, document)
     return Arithmetic(
-        shape.passes_flop + shape.layers * grams,
-        shape.passes_flop + shape.layers * (gradients + rotations),
+        (both + arithmetic.covariances(shape.linears, document)) / chunk,
+        (both + arithmetic.correction(shape.linears, document)) / chunk,
     )
 
 
 def bergson_does(shape: Shape, chunk: int) -> Arithmetic:
     """Full products, one A and one rotation of the vectors for every linear."""
     del chunk
-    grams = sum(2 * len(outs) * i * i + sum(2 * o * o for o in outs) for i, outs in shape.inputs)
-    return Arithmetic(
-        shape.passes_flop + shape.layers * grams,
-        # A rotation of the vectors costs what the full product of the same matrix does.
-        shape.passes_flop + shape.layers * (2 * shape.block_weights + grams),
-    )
+    per_token = {1: 1}
+    both = arithmetic.passes(shape.weights, per_token)
+    grams = 2 * arithmetic.covariances(shape.linears, per_token, shares_inputs=False)
+    # A rotation of the vectors costs what the full product of the same matrix does.
+    return Arithmetic(both + grams, both + 2 * _block_weights(shape) + grams)
 
 
 def kronfluence_does(shape: Shape, chunk: int) -> Arithmetic:
     """As bergson's covariances, but each document's gradient is rotated as a matrix."""
-    rotations = sum(2 * o * i * (i + o) / chunk for i, outs in shape.inputs for o in outs)
+    rotations = sum(
+        2 * each.in_features * each.out_features * (each.in_features + each.out_features)
+        for each in shape.linears
+    )
+    both = arithmetic.passes(shape.weights, {1: 1})
     return Arithmetic(
         bergson_does(shape, chunk).covariance,
-        shape.passes_flop + shape.layers * (2 * shape.block_weights + rotations),
+        both + 2 * _block_weights(shape) + shape.layers * rotations / chunk,
     )
+
+
+def _block_weights(shape: Shape) -> float:
+    return arithmetic.multiplied_weights(shape.linears, head=0)
 
 
 def build(folder: Path, shape: Shape, *, tokens: int, chunk: int, seed: int = 0) -> None:

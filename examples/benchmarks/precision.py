@@ -15,10 +15,8 @@ another tool fitted in float32 on the same model and tokens, which `--model DIR`
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 
 import jax
@@ -26,9 +24,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import report
-from jax import lax
-from jax._src.lax.lax import _dot_general_lower  # the rule that the emulation stands in for
-from jax.interpreters import mlir
+from emulation import EMULATED, emulate_on_cpu, emulated_product
 from measure import Tool, read_factor
 
 import converters
@@ -41,62 +37,6 @@ from jhessians.stages import covariance_matrices
 
 HERE = Path(__file__).resolve().parent
 SHAPE, TOKENS, CHUNK = models.Shape(256, 6, 688, 2048), 4096, 256
-EMULATED = [name for name in MATMUL_PRECISIONS if name != HIGHEST]
-
-PARTS = {"bf16": (7, 1, 0), "bf16_x3": (7, 2, 1), "bf16_x6": (7, 3, 2), "tf32": (10, 1, 0),
-         "tf32_x3": (10, 2, 1)}  # fmt: skip
-"""Name → stored bits of a part's mantissa, number of parts, largest sum of two parts' places."""
-
-
-def parts(x: jax.Array, bits: int, count: int) -> list[jax.Array]:
-    """Numbers of few bits that add up to x, or nearly, the largest first."""
-    found = []
-    for _ in range(count):
-        found.append(lax.reduce_precision(x, 8, bits))
-        x = x - found[-1]
-    return found
-
-
-def emulated_product(
-    x: jax.Array, y: jax.Array, name: str, multiply: Callable[[jax.Array, jax.Array], jax.Array]
-) -> jax.Array:
-    """x times y as a matrix unit makes it of short parts, the small products added first.
-
-    Args:
-        x, y: float32.
-        name: Of `PARTS`.
-        multiply: The product of two parts, in the type of the sum.
-    """
-    bits, count, last = PARTS[name]
-    pairs = [pair for pair in product(range(count), repeat=2) if sum(pair) <= last]
-    left, right = parts(x, bits, count), parts(y, bits, count)
-    total = None
-    for i, j in sorted(pairs, key=sum, reverse=True):
-        term = multiply(left[i], right[j])
-        total = term if total is None else total + term
-    return total
-
-
-def emulate_on_cpu() -> None:
-    """From here on, the CPU multiplies in precisions that it otherwise only pretends to have."""
-    names = {lax.DotAlgorithmPreset[MATMUL_PRECISIONS[name].jax]: name for name in EMULATED}
-
-    def rule(ctx, x, y, *, precision, dimension_numbers, **settings):
-        settings["dimension_numbers"] = dimension_numbers
-        if precision not in names:
-            return _dot_general_lower(ctx, x, y, precision=precision, platform="cpu", **settings)
-        dtype = ctx.avals_out[0].dtype
-
-        def multiply(x, y):
-            return lax.dot_general(
-                x, y, dimension_numbers, precision="highest", preferred_element_type=dtype
-            )
-
-        emulated = partial(emulated_product, name=names[precision], multiply=multiply)
-        return mlir.lower_fun(emulated, multiple_results=False)(ctx, x, y)
-
-    mlir.register_lowering(lax.dot_general_p, rule, platform="cpu")
-    precision.require_supported = lambda name, device: None
 
 
 def largest(found: np.ndarray, exact: np.ndarray) -> float:
@@ -276,7 +216,7 @@ def main() -> None:
         machine=report.describe_machine(), device=f"{device.device_kind} ({device.platform})",
         versions=", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "numpy")),
         command=command, size=options.size, device_table=device_table, products=products, fits=fits,
-        shape=SHAPE, tokens=TOKENS, chunk=CHUNK,
+        note=CPU_NOTE if device.platform == "cpu" else "", shape=SHAPE, tokens=TOKENS, chunk=CHUNK,
     )  # fmt: skip
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / f"precision-{device.platform}.md").write_text(page)
@@ -297,7 +237,7 @@ Errors are the largest absolute difference to float64 over the largest absolute 
 A product of two float32 matrices, {size} x {size}, best of 8:
 
 {device_table}
-
+{note}
 ## Emulated: single products
 
 Of the parts alone (their products summed in float64) / with sums in float32, as numpy sums them.
@@ -310,6 +250,11 @@ A random Llama (width, layers, inner, vocabulary) = ({shape}), {tokens:,} tokens
 {chunk}, the largest error over all modules; `highest` is float32.
 
 {fits}
+"""
+
+CPU_NOTE = """
+A CPU multiplies float32 numbers in float32 only: no GPU or TPU was at hand, so nothing on this page
+tells how fast the others are.
 """
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
 
+from jhessians.report.profile import Profile
 from jhessians.report.units import bytes_in_words, count_in_words, seconds_in_words
 
 WIDTH = 80
@@ -50,6 +51,7 @@ class Summary:
         warnings: One line each.
         next_shell: A command that consumes the result, see `jhessians.report.next_steps`.
         next_python: The same from Python.
+        profile: Of `--profile`.
     """
 
     run_path: str
@@ -67,6 +69,7 @@ class Summary:
     warnings: Sequence[str] = field(default_factory=tuple)
     next_shell: str = ""
     next_python: str = ""
+    profile: Profile | None = None
 
 
 def measure_trees(run_path: str | Path) -> tuple[list[Tree], int]:
@@ -133,6 +136,8 @@ def render(summary: Summary) -> str:
         if code:
             lines += ["", f"  {title}"]
             lines += [f"    {line}" for line in code.splitlines()]
+    if summary.profile:
+        lines += ["", *summary.profile.lines()]
     return "\n".join(line.rstrip() for line in lines)
 
 
