@@ -184,9 +184,11 @@ class ComputeConfig:
     )
     matmul_precision: str = option(
         HIGHEST,
-        "How float32 numbers are multiplied: in full or, on GPU and TPU, faster and less exactly, "
-        "split into bfloat16 or TF32 parts (x6, x3: so many products) or rounded to one.",
+        "How float32 numbers are multiplied: in full (highest) or, on GPU and TPU, faster and less "
+        "exactly: split into parts, as so many products (bf16_x6, tf32_x3, bf16_x3), or rounded "
+        "(tf32, bf16).",
         group=NUMBERS,
+        metavar="HOW",
         choices=tuple(MATMUL_PRECISIONS),
     )
     seed: int = option(
