@@ -31,7 +31,9 @@ from tests.tolerances import FACTORS, FLOAT64_FACTORS, INVARIANCE, LOGITS, SCORE
 LENGTHS = (2, 40, 9, 25, 3, 60)
 LLAMA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 GPT2 = {"r": 4, "lora_alpha": 3, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
-SOME_LAYERS = {**LLAMA, "layers_to_transform": [0, 2]}
+# Wide enough for `fsdp` to divide A and B among eight devices.
+WIDE = {**LLAMA, "r": 16, "lora_alpha": 24}
+SOME_LAYERS = {**WIDE, "layers_to_transform": [0, 2]}
 
 CASES = {
     "llama": ("llama", {}, LLAMA),
@@ -41,7 +43,7 @@ CASES = {
         {**LLAMA, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {r"mlp\.\w+": 11, "v_proj": 1}},
     ),
     "regex": ("llama", {}, {"r": 3, "target_modules": r".*\.(up|gate)_proj", "beside": True}),
-    "some layers": ("llama", {"num_hidden_layers": 3}, SOME_LAYERS),
+    "some layers": ("llama", {"num_hidden_layers": 3, "hidden_size": 64}, SOME_LAYERS),
     "gpt2": ("gpt2", {}, {**GPT2, "use_rslora": True}),
     "fused": ("phi3", {}, {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.5}),
 }  # fmt: skip
@@ -89,7 +91,9 @@ def loras(model) -> list[LoRA]:
     return [module for _, module in nnx.iter_modules(model) if isinstance(module, LoRA)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "fused" else []) for n in CASES]
+)
 def test_logits_equal_pefts(name, adapter, record_property):
     base, folder = adapter(*CASES[name])
     batch = documents()
@@ -99,9 +103,10 @@ def test_logits_equal_pefts(name, adapter, record_property):
     record_property("logits", found)
     assert found < LOGITS
     assert error(their_logits(base, batch), expected) > TWIN
-    for lora in loras(model):  # the wrong twin
-        lora.scale = 1.0
-    assert error(our_logits(model, batch), expected) > TWIN
+    if name in ("llama", "gpt2"):  # the wrong twin forgets the scale
+        for lora in loras(model):
+            lora.scale = 1.0
+        assert error(our_logits(model, batch), expected) > TWIN
 
 
 @pytest.mark.slow
@@ -132,12 +137,13 @@ def test_torchs_own_format(adapter, tmp_path):
 
 
 def test_bfloat16_and_meshes(adapter):
-    _, folder = adapter("llama", {"hidden_size": 64}, {**LLAMA, "r": 16})
+    base, folder = adapter("llama", {"hidden_size": 64}, WIDE)
     narrow = load(folder, dtype="bfloat16").model
     assert all(p.dtype == jax.numpy.bfloat16 for p in parameters(narrow).values())
     batch = documents()
+    # Eight bits, block after block; nothing else may be lost.
+    assert error(our_logits(narrow, batch), adapters.logits(base, folder, batch)) < 0.1
     whole = load(folder).model
-    assert error(our_logits(narrow, batch), our_logits(whole, batch)) < 0.1
     sharded = load(folder, mesh=make_mesh(8), fsdp=True).model
     kernel = sharded.layers.blocks.attention.query.adapter.lora_A.kernel[...]
     assert not kernel.sharding.is_fully_replicated
@@ -168,7 +174,8 @@ def test_factors_equal_bergsons(name, adapter, tmp_path, record_property):
     family, *_ = CASES[name]
     base, folder = adapter(*CASES[name])
     data = with_documents(folder, family)
-    found = fitted(folder, data, tmp_path / "run", include_bias=True)
+    devices = {"world_size": 8, "fsdp": True} if name == "some layers" else {}
+    found = fitted(folder, data, tmp_path / "run", include_bias=True, **devices)
     expected = bergson.read(bergson.fit(folder, data, include_bias=True))
     modules = set(expected["activation_sharded"])
     assert modules == set(found["activation_sharded"])
@@ -215,8 +222,9 @@ def test_bergson_scores_with_our_factors(adapter, tmp_path):
     assert np.corrcoef(given.ravel(), own.ravel())[0, 1] > SCORE_CORRELATION
 
 
+@pytest.mark.slow
 def test_eight_devices_change_nothing(adapter, tmp_path):
-    _, folder = adapter("llama", {"hidden_size": 64}, {**LLAMA, "r": 16})
+    _, folder = adapter("llama", {"hidden_size": 64}, WIDE)
     data = with_documents(folder, "llama", 8)
     one = fitted(folder, data, tmp_path / "one", method="kfac")
     eight = fitted(folder, data, tmp_path / "eight", method="kfac", world_size=8, fsdp=True)
