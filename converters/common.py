@@ -7,12 +7,13 @@ common with those, and spells out the rest.
 from collections.abc import Sequence
 from typing import Any
 
-from converters.rules import Rule, linear, norm
+from converters.rules import TRANSPOSE, Rule, linear, norm
 from converters.settings import activation
 from jhessians.errors import CheckpointError
 from jhessians.models.config import (
     AttentionConfig,
     DecoderConfig,
+    ExpertsConfig,
     MLPConfig,
     NormConfig,
     RopeConfig,
@@ -45,6 +46,11 @@ INPUT_NORMS = (
     *norm(f"{BLOCK}.attention_norm", f"{LAYER}.input_layernorm"),
     *norm(f"{BLOCK}.mlp_norm", f"{LAYER}.post_attention_layernorm"),
 )
+EXPERTS = (
+    (f"{BLOCK}.mlp.gate_up", "layers.{layer}.mlp.experts.expert_{expert}.gate_up_proj"),
+    (f"{BLOCK}.mlp.down", "layers.{layer}.mlp.experts.expert_{expert}.down_proj"),
+)
+"""What torch bergson calls the linears of experts, which are no modules of transformers'."""
 ROTARY_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 
@@ -110,6 +116,42 @@ def decoder(
         ),
         **{**fields, **changes},
     )
+
+
+def each_expert(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """Kernels of experts that a checkpoint holds one by one; ours has gate and up side by side."""
+    expert = f"{LAYER}.{block}.experts.{{expert}}"
+    gate_up = f"{BLOCK}.mlp.gate_up.kernel"
+    return (
+        Rule(gate_up, f"{expert}.{gate}.weight", TRANSPOSE, part=(0, 2)),
+        Rule(gate_up, f"{expert}.{up}.weight", TRANSPOSE, part=(1, 2)),
+        Rule(f"{BLOCK}.mlp.down.kernel", f"{expert}.{down}.weight", TRANSPOSE),
+    )
+
+
+def experts(
+    config: Any, size: int, *, mlp: dict[str, Any] | None = None, **changes: Any
+) -> ExpertsConfig:
+    """A mixture of experts whose settings have the usual names.
+
+    Args:
+        config: transformers' config.
+        size: Features inside an expert.
+        mlp: Further fields of the experts' `MLPConfig`.
+        changes: Further fields of `ExpertsConfig`.
+
+    Raises:
+        CheckpointError: If the decoder doesn't have the activation, or a token takes more experts
+            than there are.
+    """
+    count = getattr(config, "num_experts", None) or config.num_local_experts
+    chosen = config.num_experts_per_tok
+    if not 1 <= chosen <= count:
+        raise CheckpointError(
+            f"config.json sends a token to {chosen} of {count} experts; expected 1 to {count}"
+        )
+    fields = {"activation": activation(config.hidden_act), "kind": "fused", **(mlp or {})}
+    return ExpertsConfig(count, chosen, MLPConfig(size, **fields), **changes)
 
 
 def same_window(config: Any) -> tuple[int | None, ...]:

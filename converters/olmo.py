@@ -1,4 +1,4 @@
-"""OLMo 1, 2 and 3."""
+"""OLMo 1, 2 and 3, and OLMoE."""
 
 from typing import Any
 
@@ -6,16 +6,20 @@ from converters.common import (
     ATTENTION,
     BLOCK,
     EMBEDDINGS,
+    EXPERTS,
     GATED_MLP,
+    INPUT_NORMS,
     LAYER,
     QK_NORM,
     decoder,
+    each_expert,
+    experts,
     head_size,
     rms,
     windows,
 )
 from converters.rope import rope_config
-from converters.rules import Family, norm
+from converters.rules import TRANSPOSE, Family, Rule, norm
 from jhessians.models.config import DecoderConfig, NormConfig
 
 
@@ -62,6 +66,23 @@ def olmo3(config: Any) -> DecoderConfig:
     )
 
 
+def olmoe(config: Any) -> DecoderConfig:
+    """transformers' OlmoeConfig, read by ours."""
+    norms = rms(config, wide_scale=False)
+    return decoder(
+        config,
+        norm=norms,
+        ropes=[rope_config(config, head_size(config))],
+        attention={
+            **_biases(config),
+            "qk_norm": norms,
+            "qk_norm_span": "all",
+            "clip": config.clip_qkv,
+        },
+        experts=experts(config, config.intermediate_size, normalize=config.norm_topk_prob),
+    )
+
+
 OUTPUT_NORMS = (
     *norm(f"{BLOCK}.attention_output_norm", f"{LAYER}.post_attention_layernorm"),
     *norm(f"{BLOCK}.mlp_output_norm", f"{LAYER}.post_feedforward_layernorm"),
@@ -96,5 +117,23 @@ FAMILIES = (
         reads=frozenset({"sliding_window"}),
         title="OLMo 3",
         checked="three windows to one full layer, yarn in the full ones",
+    ),
+    Family(
+        model_type="olmoe",
+        architecture="OlmoeForCausalLM",
+        base_prefix="model",
+        config=olmoe,
+        rules=(
+            *EMBEDDINGS,
+            *INPUT_NORMS,
+            *ATTENTION,
+            *QK_NORM,
+            Rule(f"{BLOCK}.mlp.router", f"{LAYER}.mlp.gate.weight", TRANSPOSE),
+            *each_expert("mlp", "gate_proj", "up_proj", "down_proj"),
+        ),
+        modules=EXPERTS,
+        reads=frozenset({"clip_qkv", "num_experts", "num_local_experts"}),
+        title="OLMoE",
+        checked="mixture of experts, queries and keys normed across heads and clipped",
     ),
 )

@@ -21,6 +21,7 @@ from converters import (
     gpt2,
     gpt_neo,
     gpt_neox,
+    gpt_oss,
     gptj,
     granite,
     helium,
@@ -176,8 +177,8 @@ def _family(model_type: Any, where: Any) -> Family:
 
 
 BUILT_IN = (
-    bloom, cohere, exaone4, falcon, gemma, glm4, gpt2, gpt_neo, gpt_neox, gptj, granite, helium,
-    llama, mistral, nemotron, olmo, opt, phi, phi3, qwen, smollm3, stablelm, starcoder2,
+    bloom, cohere, exaone4, falcon, gemma, glm4, gpt2, gpt_neo, gpt_neox, gpt_oss, gptj, granite,
+    helium, llama, mistral, nemotron, olmo, opt, phi, phi3, qwen, smollm3, stablelm, starcoder2,
 )  # fmt: skip
 
 for _module in BUILT_IN:

@@ -18,19 +18,34 @@ from jhessians.errors import CheckpointError
 from jhessians.models.config import DecoderConfig
 
 Values = Shaped[np.ndarray, "..."]
+Slices = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How a tensor of theirs becomes one of ours; reversible, bit for bit."""
+    """How a tensor of theirs becomes one of ours; reversible, bit for bit.
+
+    Attributes:
+        name: For readers.
+        to_ours: From theirs.
+        to_theirs: And back.
+        slices: Which slices of theirs `to_ours` makes given slices of ours from, one per axis;
+            None if it needs the whole tensor.
+    """
 
     name: str
     to_ours: Callable[[Values], Values]
     to_theirs: Callable[[Values], Values]
+    slices: Callable[[Slices], Slices] | None = None
 
 
-IDENTITY = Transform("identity", lambda x: x, lambda x: x)
-TRANSPOSE = Transform("transpose", lambda x: x.swapaxes(-1, -2), lambda x: x.swapaxes(-1, -2))
+IDENTITY = Transform("identity", lambda x: x, lambda x: x, lambda i: i)
+TRANSPOSE = Transform(
+    "transpose",
+    lambda x: x.swapaxes(-1, -2),
+    lambda x: x.swapaxes(-1, -2),
+    lambda i: (*i[:-2], i[-1], i[-2]),
+)
 """[out, in], as torch keeps a linear's weight, ↔ [in, out]."""
 
 
@@ -44,12 +59,15 @@ class Rule:
         theirs: The tensor's full name; words in braces index the parameter's leading axes.
         transform: Between the tensor and the parameter's entry.
         tied_to: Path of the parameter that a resting rule's tensor must repeat, if it is there.
+        part: (k, n) if the tensor is the k-th of n that lie side by side along the last axis of the
+            parameter's entry.
     """
 
     ours: str
     theirs: str
     transform: Transform = IDENTITY
     tied_to: str | None = None
+    part: tuple[int, int] = (0, 1)
 
 
 def linear(ours: str, theirs: str) -> tuple[Rule, ...]:
@@ -83,6 +101,8 @@ class Family:
         rules: The table.
         renamed: Other names that tensors have in some checkpoints: pattern and replacement.
         ignored: Patterns of full names of tensors that carry no weights.
+        modules: Names of modules, relative to the base model, where tensors' names don't tell them:
+            our path and theirs.
         reads: Settings of `converters.settings.NEUTRAL` that `config` looks at itself.
         variant: Turns the family into the one of a given config, where names of tensors depend on
             its settings.
@@ -97,6 +117,7 @@ class Family:
     rules: tuple[Rule, ...]
     renamed: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
     reads: frozenset[str] = frozenset()
     variant: Callable[["Family", Any], "Family"] | None = None
     title: str = ""
@@ -111,13 +132,21 @@ class Slot:
         parameter: Path of the parameter.
         index: Of the tensor's entry along its leading axes.
         shape: Of the tensor, as they lay it out.
-        transform: From there to the entry.
+        transform: From there to the entry, or to its part.
+        part: As in `Rule`.
     """
 
     parameter: str
     index: tuple[int, ...]
     shape: tuple[int, ...]
     transform: Transform
+    part: tuple[int, int] = (0, 1)
+
+    def part_of(self, entry: Values) -> Values:
+        """This tensor's columns of the whole entry."""
+        k, count = self.part
+        width = entry.shape[-1] // count if entry.ndim else 0
+        return entry[..., k * width : (k + 1) * width] if count > 1 else entry
 
 
 def slots(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
@@ -131,23 +160,29 @@ def slots(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Sl
         ValueError: If the table doesn't name each parameter exactly once.
     """
     found: dict[str, Slot] = {}
-    filled: set[str] = set()
+    parts: dict[str, set[int]] = {}
+    missing: dict[str, int] = {}
     for rule in family.rules:
         if rule.ours not in shapes:
             continue
-        if rule.ours in filled:
+        number, count = rule.part
+        if number in parts.setdefault(rule.ours, set()):
             raise ValueError(f"{family.model_type}'s table names {rule.ours} twice")
-        filled.add(rule.ours)
+        parts[rule.ours].add(number)
+        missing[rule.ours] = count - len(parts[rule.ours])
         axes = _placeholders(rule.theirs)
         leading, entry = shapes[rule.ours][: len(axes)], shapes[rule.ours][len(axes) :]
         # A transform tells the shape that it gives from an array without memory.
+        if entry and entry[-1] % count:
+            raise ValueError(f"{rule.ours} of shape {entry} can't be divided into {count} parts")
+        entry = (*entry[:-1], entry[-1] // count) if count > 1 else entry
         shape = rule.transform.to_theirs(np.broadcast_to(np.float32(0), entry)).shape
         for index in np.ndindex(leading):
             name = rule.theirs.format(**dict(zip(axes, index, strict=True)))
             if name in found:
                 raise ValueError(f"{family.model_type}'s table gives {name} to two parameters")
-            found[name] = Slot(rule.ours, index, shape, rule.transform)
-    if forgotten := sorted(set(shapes) - filled):
+            found[name] = Slot(rule.ours, index, shape, rule.transform, rule.part)
+    if forgotten := sorted(path for path in shapes if missing.get(path, 1)):
         raise ValueError(f"{family.model_type}'s table has no rule for {', '.join(forgotten)}")
     return found
 
@@ -228,13 +263,14 @@ def module_names(family: Family) -> dict[str, str]:
     Returns:
         Our path → theirs, with `{layer}` in it: the keys that torch bergson reads.
     """
-    return {
+    told = {
         rule.ours.removesuffix(".kernel"): rule.theirs.removesuffix(".weight").removeprefix(
             f"{family.base_prefix}."
         )
         for rule in family.rules
         if rule.ours.endswith(".kernel")
     }
+    return told | dict(family.modules)
 
 
 def _tied_names(family: Family, wanted: Mapping[str, Slot]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 Tensors leave the devices one at a time, on their way into the file.
 """
 
-import copy
 import json
 import math
 from collections.abc import Mapping
@@ -15,11 +14,12 @@ import numpy as np
 from jaxtyping import Shaped
 
 from converters import adapters, registry, rules
+from converters.companions import write_companions
 from converters.loading import parameters
 from converters.safetensors_file import write_safetensors
 from jhessians.mesh import fetch
 from jhessians.models.decoder import Decoder
-from jhessians.rundir import RunDirectory, output_error
+from jhessians.rundir import RunDirectory
 
 SHARD_BYTES = 50 * 10**9
 """Largest file, in bytes: the one that transformers 5 chooses."""
@@ -48,34 +48,43 @@ def save(
         CheckpointError: If no family is registered for the config, or the model has an adapter.
         OutputError: If the folder exists, or the disk is full or not ours to write to.
     """
+    writer = jax.process_index() == 0
+    with RunDirectory(Path(folder), overwrite=overwrite, writer=writer) as part:
+        write(model, config, part, tokenizer, shard_bytes=shard_bytes)
+
+
+def write(
+    model: Decoder,
+    config: Any,
+    folder: Path,
+    tokenizer: Any = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write into an empty folder that exists; otherwise as `save`."""
     adapters.refuse(model, "which save doesn't write")
     family = registry.family_of(config)
     arrays = {path: variable.get_value() for path, variable in parameters(model).items()}
     wanted = rules.slots(family, {path: array.shape for path, array in arrays.items()})
     writer = jax.process_index() == 0
     files = _divide({name: _bytes(slot, arrays) for name, slot in wanted.items()}, shard_bytes)
-    with RunDirectory(Path(folder), overwrite=overwrite, writer=writer) as part:
-        for file, names in files.items():
-            values = (to_theirs(wanted[name], arrays) for name in names)
-            if writer:
-                kinds = {n: (wanted[n].shape, arrays[wanted[n].parameter].dtype) for n in names}
-                try:
-                    write_safetensors(part / file, kinds, values)
-                except OSError as error:
-                    raise output_error(error, Path(folder)) from error
-            for _ in values:  # fetching a sharded array needs every process
-                pass
+    for file, names in files.items():
+        values = (to_theirs(wanted[name], arrays) for name in names)
         if writer:
-            try:
-                _write_tables(part, family, config, tokenizer, files, wanted, arrays)
-            except OSError as error:
-                raise output_error(error, Path(folder)) from error
+            kinds = {n: (wanted[n].shape, arrays[wanted[n].parameter].dtype) for n in names}
+            write_safetensors(folder / file, kinds, values)
+        for _ in values:  # fetching a sharded array needs every process
+            pass
+    if writer:
+        if len(files) > 1:
+            _write_index(folder, files, sum(_bytes(slot, arrays) for slot in wanted.values()))
+        write_companions(folder, config, next(iter(arrays.values())).dtype, tokenizer)
 
 
 def to_theirs(slot: rules.Slot, arrays: Mapping[str, Any]) -> Shaped[np.ndarray, "..."]:
     """One tensor of a checkpoint, from our parameters, on the host."""
     entry = fetch(arrays[slot.parameter], lambda array: array[slot.index] if slot.index else array)
-    return slot.transform.to_theirs(entry)
+    return slot.transform.to_theirs(slot.part_of(entry))
 
 
 def _bytes(slot: rules.Slot, arrays: Mapping[str, Any]) -> int:
@@ -98,24 +107,7 @@ def _divide(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, start=1)}
 
 
-def _write_tables(
-    folder: Path,
-    family: rules.Family,
-    config: Any,
-    tokenizer: Any,
-    files: Mapping[str, list[str]],
-    wanted: Mapping[str, rules.Slot],
-    arrays: Mapping[str, Any],
-) -> None:
-    """config.json, the index of several files, and the tokenizer's files."""
-    if len(files) > 1:
-        weight_map = {name: file for file, names in files.items() for name in names}
-        total = sum(_bytes(slot, arrays) for slot in wanted.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    config = copy.deepcopy(config)
-    config.architectures = [family.architecture]
-    config.dtype = next(iter(arrays.values())).dtype.name
-    config.save_pretrained(str(folder))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
+def _write_index(folder: Path, files: Mapping[str, list[str]], total: int) -> None:
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -290,6 +290,15 @@ class ComputeConfig:
         default_text="none",
         bergson="index_cfg.filter_modules",
     )
+    moe_experts: str | None = option(
+        None,
+        "Layers of experts to take in, a pair of linears for each expert: globs separated by "
+        "commas, such as 'model.layers.*.mlp.experts'.",
+        group=STATISTICS,
+        metavar="GLOBS",
+        default_text="none",
+        bergson="index_cfg.moe_experts",
+    )
 
     projection_dim: int = option(
         0,

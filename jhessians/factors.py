@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jhessians.interop.sources import ArraySource, ScaledSource, TensorSource
-from jhessians.stages import Eigenbases, Matrix
+from jhessians.stages import Eigenbases, Matrix, PositionCounts
 from jhessians.tape import Site, Statistics
 
 Kinds = dict[str, dict[str, TensorSource]]
@@ -27,13 +27,16 @@ def covariance_sources(sites: Mapping[str, Site], statistics: Statistics) -> Kin
     return kinds
 
 
-def eigen_sources(sites: Mapping[str, Site], bases: Eigenbases, per_document: float) -> Kinds:
+def eigen_sources(
+    sites: Mapping[str, Site], bases: Eigenbases, positions: PositionCounts, documents: int
+) -> Kinds:
     """Eigenvectors, their outer eigenvalues, and each factor's own.
 
     Args:
         sites: The linears.
         bases: Eigenpairs of means over positions.
-        per_document: Positions per document, which turns them into means over documents.
+        positions: How many those were.
+        documents: How many documents: eigenvalues become means over these.
     """
     kinds: Kinds = {
         "activation_eigenvectors": {},
@@ -47,6 +50,7 @@ def eigen_sources(sites: Mapping[str, Site], bases: Eigenbases, per_document: fl
         a, s = (site.input_site, "activation", site.inputs), (site.name, "gradient",
                                                               site.out_features)  # fmt: skip
         values = {}
+        per_document = positions.of(site, slot) / documents
         for name, kind, d in (a, s):
             vectors = bases.vectors[name][kind]
             kinds[f"{kind}_eigenvectors"][module] = ArraySource(vectors, index=index, shape=(d, d))
@@ -73,8 +77,8 @@ def correction_sources(sites: Mapping[str, Site], squares: Statistics, documents
 def _modules(sites: Mapping[str, Site]) -> Iterator[tuple[str, Site, int | None]]:
     """Name, site and slot of every module."""
     for site in sites.values():
-        for slot, name in enumerate(site.module_names()):
-            yield name, site, None if site.layers is None else slot
+        for slot, name in zip(site.slots, site.module_names(), strict=True):
+            yield name, site, slot
 
 
 class _Covariance:

@@ -9,9 +9,15 @@ import numpy as np
 
 from jhessians.factors import Kinds, correction_sources, covariance_sources, eigen_sources
 from jhessians.folds.correction import EigenvalueCorrection
-from jhessians.folds.covariance import Covariance, FactorFold
+from jhessians.folds.covariance import Covariance, FactorFold, routed_positions
 from jhessians.progress import Progress
-from jhessians.stages import Problem, covariance_matrices, eigendecompose_covariances, run_pass
+from jhessians.stages import (
+    PositionCounts,
+    Problem,
+    covariance_matrices,
+    eigendecompose_covariances,
+    run_pass,
+)
 from jhessians.traversal import unshared
 from jhessians.typing import Array, PyTree
 
@@ -98,14 +104,21 @@ def fit_stages(
             dtype=dtype, advance=lambda batch: stage.advance(count(batch)),
         )  # fmt: skip
         covariances = method.finish(sites, covariances)
+    counts = PositionCounts(positions, routed_positions(covariances))
+    if unused := sum(int((routed == 0).sum()) for routed in counts.routed.values()):
+        everyone = sum(len(routed) for routed in counts.routed.values())
+        progress.warn(
+            f"{unused} of {everyone} expert linears got no position: their factors are zero; "
+            "give more data, or leave them out with --filter_modules"
+        )
     yield covariance_sources(sites, covariances)
 
     matrices = len(covariance_matrices(sites))
     with progress.stage("Eigendecompositions", matrices, "matrices") as stage:
         bases = eigendecompose_covariances(
-            problem, covariances, positions=positions, dtype=dtype, advance=stage.advance
+            problem, covariances, positions=counts, dtype=dtype, advance=stage.advance
         )
-    yield eigen_sources(sites, bases, positions / documents)
+    yield eigen_sources(sites, bases, counts, documents)
 
     if correct_eigenvalues:
         with progress.stage("Eigenvalue correction", positions, "positions") as stage:

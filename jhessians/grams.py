@@ -95,7 +95,7 @@ def row_operands(
     stacked = stack_normalizers(problem.sites, normalizers) if normalizers else {}
     operands: dict[str, dict[str, Any]] = {}
     for name, site in problem.sites.items():
-        axis = 0 if site.layers is None else 1
+        axis = 0 if site.members is None else 1
 
         def place(x: Array | np.ndarray, axis: int = axis) -> Array:
             return place_rows(np.asarray(x), problem.mesh, axis=axis)
@@ -110,7 +110,7 @@ def row_operands(
                 else rows.matrix_keys(site, module, stacked.get(name))
                 for module in site.module_names()
             ]
-            here["keys"] = place(keys[0] if site.layers is None else np.stack(keys))
+            here["keys"] = place(keys[0] if site.members is None else np.stack(keys))
     return operands
 
 
@@ -140,11 +140,9 @@ def _matrices(sites: Mapping[str, Site], rows: GradientRows, joint: bool) -> Ite
         return
     for site in sites.values():
         size = rows.unit_size(site)
-        for slot, module in enumerate(site.module_names()):
+        for slot, module in zip(site.slots, site.module_names(), strict=True):
             for head, name in enumerate(rows.unit_names(site, module)):
-                yield _Matrix(
-                    name, site.name, None if site.layers is None else slot, head * size, size
-                )
+                yield _Matrix(name, site.name, slot, head * size, size)
 
 
 def _decompose(

@@ -1,9 +1,8 @@
 """`compute`: load model and data, let the method fit and write its Hessian, describe the run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -32,9 +31,9 @@ from jhessians.report.next_steps import next_steps
 from jhessians.report.summary import Summary, measure_trees
 from jhessians.run import Run
 from jhessians.rundir import RunDirectory
+from jhessians.selection import select_sites
 from jhessians.stages import Problem
-from jhessians.tape import Site
-from jhessians.traversal import find_sites, restrict
+from jhessians.traversal import find_sites
 
 
 def compute(config: ComputeConfig, progress: Progress) -> Summary:
@@ -82,7 +81,7 @@ def compute(config: ComputeConfig, progress: Progress) -> Summary:
         disk_bytes=disk_bytes,
         padding_share=run.plan.padding_share,
         profile=profile,
-        warnings=run.warnings,
+        warnings=progress.warnings,
         next_shell=shell,
         next_python=python,
     )
@@ -161,7 +160,8 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
     batches = _Batches(documents, plan)
     example = next(iter(batches))
     sites = find_sites(loss, model, example, include_bias=config.include_bias)
-    sites = _select(sites, config)
+    family = converters.registry.family_of(settings)
+    sites = select_sites(sites, config, family.base_prefix, progress.note)
     names = [name for site in sites.values() for name in site.module_names()]
     split = matching("split_attention_modules", config.split_attention_modules, names)
     # As names: bergson takes no globs here.
@@ -207,26 +207,3 @@ def _data_options(config: ComputeConfig, dataset: str) -> DataOptions:
         chunk_length=config.chunk_length,
         max_tokens=config.max_tokens,
     )
-
-
-def _select(sites: Mapping[str, Site], config: ComputeConfig) -> dict[str, Site]:
-    """The sites that `--modules` takes in and `--filter_modules` leaves alone.
-
-    Raises:
-        ConfigError: If a pattern matches nothing, or nothing is left.
-    """
-    names = [name for site in sites.values() for name in site.module_names()]
-    leave_out = [p.strip() for p in (config.filter_modules or "").split(",") if p.strip()]
-    matching("modules", config.modules, names)
-    matching("filter_modules", leave_out, names)
-
-    def wanted(name: str) -> bool:
-        taken = not config.modules or any(fnmatchcase(name, p) for p in config.modules)
-        return taken and not any(fnmatchcase(name, p) for p in leave_out)
-
-    chosen = restrict(sites, wanted)
-    if not chosen:
-        raise ConfigError(
-            f"--modules and --filter_modules leave none of {len(names)} modules; leave some"
-        )
-    return chosen

@@ -107,6 +107,7 @@ class Progress:
         timings: Seconds by stage name, in order; a name used twice holds the sum, in the last
             one's place.
         around: Called with each stage's name for a context to run it in.
+        warnings: What `warn` was told.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Progress:
         self.quiet = quiet
         self.timings: dict[str, float] = {}
         self.around: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext()
+        self.warnings: list[str] = []
         self._console = console or Console(stderr=True)
         self._clock = clock
         self._open: Stage | None = None
@@ -153,6 +155,11 @@ class Progress:
     def note(self, message: str) -> None:
         """Say one line between or inside stages."""
         self._say(message)
+
+    def warn(self, message: str) -> None:
+        """Say one line that belongs into the run's summary, too."""
+        self.warnings.append(message)
+        self._say(f"warning: {message}")
 
     def _say(self, line: str) -> None:
         if not self.quiet:

@@ -1,7 +1,7 @@
 """One run's inputs, as the methods see them: options, model, documents, and where to write."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,6 @@ class Run:
         longest: Tokens that the model's positions allow.
         parameters: Lists the parameters of torch's model, as its optimizer numbers them.
         problem: Loss, model and the linears to record.
-        warnings: Lines for the summary, to which a method may add.
     """
 
     config: ComputeConfig
@@ -47,7 +46,6 @@ class Run:
     longest: int
     parameters: Callable[[], Sequence[Parameter]]
     problem: Problem
-    warnings: list[str] = field(default_factory=list)
 
     @property
     def shards(self) -> int:

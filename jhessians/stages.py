@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -146,8 +146,27 @@ def covariance_matrices(sites: Mapping[str, Site]) -> list[Matrix]:
         for site in sites.values()
         for kind in KINDS
         if kind == "gradient" or site.owns_input
-        for slot in ([None] if site.layers is None else range(len(site.layers)))
+        for slot in site.slots
     ]
+
+
+@dataclass(frozen=True)
+class PositionCounts:
+    """How many positions were summed.
+
+    Attributes:
+        total: By every linear that reads all of them.
+        routed: By each expert, [member], by site; for sites without an entry, as by the others.
+    """
+
+    total: int
+    routed: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def of(self, site: Site, slot: int | None) -> int:
+        """By one linear; at least 1, so that an expert that nobody chose has means of zero."""
+        if site.name not in self.routed or slot is None:
+            return self.total
+        return max(1, int(self.routed[site.name][slot]))
 
 
 class Eigenbases(NamedTuple):
@@ -167,7 +186,7 @@ def eigendecompose_covariances(
     problem: Problem,
     statistics: Statistics,
     *,
-    positions: int,
+    positions: PositionCounts,
     dtype: np.dtype,
     advance: Callable[[], None] = lambda: None,
 ) -> Eigenbases:
@@ -203,7 +222,7 @@ def eigendecompose_covariances(
         if whole is None:
             return None
         try:
-            return eigendecompose(matrix.name, whole, positions, dtype)
+            return eigendecompose(matrix.name, whole, positions.of(matrix.site, matrix.slot), dtype)
         except NumericsError:
             if hosts == 1:
                 raise
@@ -226,7 +245,7 @@ def eigendecompose_covariances(
         if slot is None:
             stacks[key] = Eigen(values, vectors)
         else:
-            stack = stacks.setdefault(key, _empty_stack(len(site.layers or ()), values, vectors))
+            stack = stacks.setdefault(key, _empty_stack(len(site.members or ()), values, vectors))
             stack.values[slot], stack.vectors[slot] = values, vectors
         pending[key] -= 1
         if not pending[key]:

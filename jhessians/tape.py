@@ -10,33 +10,40 @@ a: [document, position, in], a linear's input. g: [document, position, out], the
 its output.
 """
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
+from jhessians.experts import Routing, grouped_product, over_grid
 from jhessians.typing import Array, Float, PyTree, Shaped
 
-Statistics = dict[str, Any]  # site name -> the fold's pytree, with a leading layer axis in stacks
+Statistics = dict[str, Any]  # site name -> the fold's pytree, with a leading member axis in stacks
 
 
 @dataclass(frozen=True)
 class Site:
     """A linear layer, or all of a stack's linears of one name, as a fold sees it.
 
+    A stack has a linear for each of its layers, or for each expert of each layer.
+
     Attributes:
-        name: Its name; `{layer}` stands for the layer's number.
+        name: Its name; `{layer}` and `{expert}` stand for numbers.
         in_features: I.
         out_features: O.
         use_bias: Whether it has a bias.
         ones: Whether the bias counts as one more input, always one: I' = I + 1.
-        layers: The layers of the stack that are recorded, ascending; None outside a stack.
-        stack_size: How many layers the stack has; None outside a stack.
+        stack: The stack's axes, each with its length, such as (("layer", 12), ("expert", 8));
+            none outside a stack.
+        members: Which of the stack's linears are recorded, ascending: indices into its axes
+            flattened; None outside a stack.
         input_site: The site that keeps what depends on the input alone: this one, or an earlier
             one that reads the same array, as key and value do with query.
     """
@@ -46,8 +53,8 @@ class Site:
     out_features: int
     use_bias: bool
     ones: bool = False
-    layers: tuple[int, ...] | None = None
-    stack_size: int | None = None
+    stack: tuple[tuple[str, int], ...] = ()
+    members: tuple[int, ...] | None = None
     input_site: str = ""
 
     @property
@@ -59,11 +66,28 @@ class Site:
     def owns_input(self) -> bool:
         return self.input_site == self.name
 
+    @property
+    def routed(self) -> bool:
+        """Whether its linears are experts, each of which reads some of the positions."""
+        return any(axis == "expert" for axis, _ in self.stack)
+
+    @property
+    def stack_size(self) -> int:
+        """How many linears the stack has, recorded or not."""
+        return math.prod(length for _, length in self.stack)
+
+    @property
+    def slots(self) -> list[int | None]:
+        """Where its arrays' leading axis has each of its modules; None outside a stack."""
+        return [None] if self.members is None else list(range(len(self.members)))
+
     def module_names(self) -> list[str]:
         """The full names of the modules that this site stands for, in the order of its arrays."""
-        if self.layers is None:
+        if self.members is None:
             return [self.name]
-        return [self.name.format(layer=layer) for layer in self.layers]
+        axes, lengths = zip(*self.stack, strict=True)
+        indices = (np.unravel_index(member, lengths) for member in self.members)
+        return [self.name.format(**dict(zip(axes, index, strict=True))) for index in indices]
 
 
 @jax.tree_util.register_dataclass
@@ -185,15 +209,28 @@ class Tape:
         """The tape of one of a stack's `count` layers, whose statistics the scan carries."""
         return Tape(self.fold, self.sites, statistics, self.operands, self.context, layer)
 
-    def record(self, linear: "Tapped", x: Array, kernel: Array) -> Array:
-        """x @ kernel, adding the linear's term to the statistics in the backward pass."""
+    def record(
+        self, linear: "Tapped", x: Array, kernel: Array, routing: Routing | None = None
+    ) -> Array:
+        """x @ kernel, adding the linear's term to the statistics in the backward pass.
+
+        With a routing, x is [row, in] and the kernel [expert, in, out].
+        """
         site = self.sites.get(linear.name or "")
         if site is None:
-            return x @ kernel
+            return product(x, kernel, routing)
         operands = {**self.operands.get(site.input_site, {}), **self.operands.get(site.name, {})}
         key = self.fold.joint if isinstance(self.fold, JointFold) else site.name
         y, self.statistics[key] = _tap(
-            self.fold, site, x, kernel, self.statistics[key], operands, self.context, self.layer
+            self.fold,
+            site,
+            x,
+            kernel,
+            self.statistics[key],
+            operands,
+            self.context,
+            self.layer,
+            routing,
         )
         return y
 
@@ -210,6 +247,7 @@ class Tapped(nnx.Module):
     frozen: bool = False  # is not recorded itself; what is inside it may be
     members: tuple[int, ...] | None = None  # which of a stack's to record; default all
     scans = False  # whether it runs blocks of its own, and attaches the tape to each
+    suffix = ""  # of its name, where that is its path
 
 
 def tapped_modules(model: nnx.Module, prefix: str = "") -> Iterator[tuple[str, Tapped]]:
@@ -226,7 +264,7 @@ def attach(model: nnx.Module, tape: Tape, prefix: str = "") -> None:
     for path, module in tapped_modules(model, prefix):
         module.tape = tape
         if module.name is None:
-            module.name = path
+            module.name = path + module.suffix
 
 
 def gather_weights(module: nnx.Module, axes: tuple[str, ...]) -> None:
@@ -252,28 +290,33 @@ def gather_weights(module: nnx.Module, axes: tuple[str, ...]) -> None:
         gather_weights(child, axes)
 
 
+def product(x: Array, kernel: Array, routing: Routing | None = None) -> Array:
+    """x @ kernel, or of every expert's rows with its own kernel."""
+    return x @ kernel if routing is None else grouped_product(x, kernel, routing.sizes)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tap(fold, site, x, kernel, statistics, operands, context, layer):
-    return x @ kernel, statistics
+def _tap(fold, site, x, kernel, statistics, operands, context, layer, routing):
+    return product(x, kernel, routing), statistics
 
 
-def _tap_forward(fold, site, x, kernel, statistics, operands, context, layer):
-    return (x @ kernel, statistics), (x, kernel, operands, context, layer)
+def _tap_forward(fold, site, x, kernel, statistics, operands, context, layer, routing):
+    y = product(x, kernel, routing)
+    return (y, statistics), (x, kernel, operands, context, layer, routing)
 
 
 def _tap_backward(fold, site, residuals, cotangents):
-    x, kernel, operands, context, layer = residuals
+    x, kernel, operands, context, layer, routing = residuals
     g, statistics = cotangents
-    add = partial(_add_term, fold, site, _as_documents(x), _as_documents(g))
-    if site.layers is None or len(site.layers) == site.stack_size:
-        statistics = add(statistics, operands, context, layer)
+    if routing is None:
+
+        def term(operands):
+            return fold.term(site, _as_documents(x), _as_documents(g), operands, context)
+
+        statistics = _add(fold, site, term, statistics, operands, context, layer)
     else:
-        slots = {recorded: slot for slot, recorded in enumerate(site.layers)}
-        slot = jnp.array([slots.get(i, -1) for i in range(site.stack_size)], jnp.int32)[layer]
-        statistics = lax.cond(
-            slot >= 0, add, lambda s, *_: s, statistics, operands, context, jnp.maximum(slot, 0)
-        )
-    return g @ kernel.T, None, statistics, None, None, None
+        statistics = _add_experts(fold, site, x, g, statistics, operands, context, layer, routing)
+    return product(g, kernel.swapaxes(-1, -2), routing), None, statistics, None, None, None, None
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
@@ -284,15 +327,44 @@ def _as_documents(x: Array) -> Array:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def _add_term(fold, site, a, g, statistics, operands, context, slot):
-    """`statistics` plus the fold's term, added in the rows that this device keeps."""
-    if slot is not None:
-        take = lambda x: lax.dynamic_index_in_dim(x, slot, keepdims=False)  # noqa: E731
-        operands = jax.tree.map(take, operands)
-    term = fold.term(site, a, g, operands, context)
-    if isinstance(fold, JointFold):  # rows of this device's documents, no sums
-        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), statistics, term)
-    return add_scattered(statistics, term, context, slot)
+def _add_experts(fold, site, x, g, statistics, operands, context, layer, routing):
+    """`statistics` plus the terms of all experts of a layer, each from the rows routed to it."""
+    experts, documents = routing.counts.shape
+    tokens = routing.row.shape[0]
+    mask = jnp.ones(tokens, bool) if context.mask is None else context.mask.reshape(-1)
+
+    def step(statistics, expert):
+        def term(operands):
+            def of_grid(rows, there):
+                here = replace(context, mask=there & mask[routing.token[rows]])
+                return fold.term(site, x[rows], g[rows], operands, here)
+
+            width = tokens // documents
+            return over_grid(of_grid, routing, expert, positions=width, axes=context.axes)
+
+        member = expert if layer is None else layer * experts + expert
+        return _add(fold, site, term, statistics, operands, context, member), None
+
+    return lax.scan(step, statistics, jnp.arange(experts))[0]
+
+
+def _add(fold, site, term, statistics, operands, context, member):
+    """`statistics` plus the term of a stack's `member`, if that is recorded."""
+
+    def add(statistics, operands, slot):
+        if slot is not None:
+            take = lambda x: lax.dynamic_index_in_dim(x, slot, keepdims=False)  # noqa: E731
+            operands = jax.tree.map(take, operands)
+        if isinstance(fold, JointFold):  # rows of this device's documents, no sums
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), statistics, term(operands))
+        return add_scattered(statistics, term(operands), context, slot)
+
+    if site.members is None or len(site.members) == site.stack_size:
+        return add(statistics, operands, member)
+    slots = np.full(site.stack_size, -1, np.int32)
+    slots[list(site.members)] = np.arange(len(site.members))
+    slot = jnp.asarray(slots)[member]
+    return lax.cond(slot >= 0, add, lambda s, *_: s, statistics, operands, jnp.maximum(slot, 0))
 
 
 def add_scattered(
@@ -304,7 +376,7 @@ def add_scattered(
         statistics: Running sums.
         term: This device's.
         context: Mesh and weight.
-        slot: The layer, where `statistics` has a leading layer axis.
+        slot: The entry, where `statistics` has a leading member axis.
     """
 
     def add(total: Array, x: Array) -> Array:

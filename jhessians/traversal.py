@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jhessians.experts import Routing
 from jhessians.mesh import axis_names, parameter_specs
 from jhessians.precision import HIGHEST, multiplying
 from jhessians.tape import (
@@ -33,6 +34,7 @@ from jhessians.tape import (
     add_scattered,
     attach,
     gather_weights,
+    product,
 )
 from jhessians.typing import Array, Bool, DTypeLike, Float, PyTree
 
@@ -79,16 +81,20 @@ def find_sites(
 
 
 def restrict(sites: Mapping[str, Site], select: Callable[[str], bool]) -> dict[str, Site]:
-    """The sites, and of stacks the layers, whose full module names `select` accepts."""
+    """The sites, and of stacks the members, whose full module names `select` accepts."""
     kept: dict[str, Site] = {}
     owners: dict[tuple, str] = {}
     for site in sites.values():
-        layers = site.layers and tuple(i for i in site.layers if select(site.name.format(layer=i)))
-        if not (layers if site.layers else select(site.name)):
+        chosen = [slot for slot, module in zip(site.slots, site.module_names(), strict=True)
+                  if select(module)]  # fmt: skip
+        if not chosen:
             continue
+        members = site.members
+        if members is not None:
+            members = tuple(members[slot] for slot in chosen if slot is not None)
         # Input statistics are shared only where they are the same in every layer.
-        owner = owners.setdefault((site.input_site, layers, site.ones), site.name)
-        kept[site.name] = replace(site, layers=layers, input_site=owner)
+        owner = owners.setdefault((site.input_site, members, site.ones), site.name)
+        kept[site.name] = replace(site, members=members, input_site=owner)
     return kept
 
 
@@ -100,33 +106,38 @@ def unshared(sites: Mapping[str, Site]) -> dict[str, Site]:
 class _Listener(Tape):
     """The tape while `find_sites` traces: notes who is called on what."""
 
-    def __init__(self, calls=None, layers: int | None = None):
+    def __init__(self, calls=None, stack: tuple[tuple[str, int], ...] = ()):
         self.calls: dict[str, tuple[Site, Any]] = {} if calls is None else calls
-        self.layers = layers
+        self.stack = stack
         self.statistics: Statistics = {}
 
     def inside(self, statistics: Statistics, layer: Array, count: int) -> "_Listener":
-        return _Listener(self.calls, count)
+        return _Listener(self.calls, (("layer", count),))
 
     def gather_weights(self, module: nnx.Module) -> None:
         pass
 
-    def record(self, linear: Tapped, x: Array, kernel: Array) -> Array:
+    def record(
+        self, linear: Tapped, x: Array, kernel: Array, routing: Routing | None = None
+    ) -> Array:
         name = str(linear.name)
         if name in self.calls:  # a second call reads another input
             self.calls[name] = (self.calls[name][0], None)
         else:
-            every = None if self.layers is None else tuple(range(self.layers))
+            stack = self.stack
+            if routing is not None:
+                stack = (*stack, ("expert", kernel.shape[0]))
             site = Site(
                 name,
-                in_features=kernel.shape[0],
-                out_features=kernel.shape[1],
+                in_features=kernel.shape[-2],
+                out_features=kernel.shape[-1],
                 use_bias=getattr(linear, "bias", None) is not None,
-                layers=every if linear.members is None else linear.members,
-                stack_size=self.layers,
+                stack=stack,
             )
+            every = tuple(range(site.stack_size)) if stack else None
+            site = replace(site, members=every if linear.members is None else linear.members)
             self.calls[name] = (site, x)
-        return x @ kernel
+        return product(x, kernel, routing)
 
 
 def initialize(
@@ -140,9 +151,9 @@ def initialize(
     context = _context(mesh)
 
     def zeros(site: Site | None, shape: jax.ShapeDtypeStruct) -> Array:
-        layers = () if site is None or site.layers is None else (len(site.layers),)
+        members = () if site is None or site.members is None else (len(site.members),)
         rows = context.padded(shape.shape[0])
-        return jnp.zeros((*layers, rows, *shape.shape[1:]), dtype)
+        return jnp.zeros((*members, rows, *shape.shape[1:]), dtype)
 
     def statistics() -> Statistics:
         if isinstance(fold, JointFold):
@@ -259,11 +270,11 @@ def accumulate(
 
 
 def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree[P]:
-    """How statistics and operands lie on the mesh: by rows, behind a stack's layer axis."""
+    """How statistics and operands lie on the mesh: by rows, behind a stack's member axis."""
     rows = axis_names(mesh)
 
     def specs(name: str, tree: PyTree) -> PyTree[P]:
-        stacked = name in sites and sites[name].layers is not None
+        stacked = name in sites and sites[name].members is not None
         return jax.tree.map(lambda _: P(None, rows) if stacked else P(rows), tree)
 
     return {name: specs(name, tree) for name, tree in arrays.items()}

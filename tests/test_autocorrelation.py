@@ -368,7 +368,9 @@ def test_the_grams_of_draws_are_averaged(joint):
 
 
 def qkv(**changes):
-    site = Site("h.{layer}.attn.c_attn", 16, 48, use_bias=True, layers=(0, 1), stack_size=2)
+    site = Site(
+        "h.{layer}.attn.c_attn", 16, 48, use_bias=True, stack=(("layer", 2),), members=(0, 1)
+    )
     return {site.name: dataclasses.replace(site, **changes)}
 
 
@@ -402,13 +404,12 @@ def test_large_grams_are_announced(monkeypatch):
     config = ComputeConfig(run_path="r", method="autocorrelation")
     said: list[str] = []
     run = SimpleNamespace(
-        config=config, dtype=np.dtype(np.float32), warnings=[],
-        progress=SimpleNamespace(note=said.append),
-    )  # fmt: skip
+        config=config, dtype=np.dtype(np.float32), progress=SimpleNamespace(warn=said.append)
+    )
     _check_memory(run, qkv(), GradientRows())
     assert not said
     _check_memory(run, qkv(in_features=4096, out_features=4096), GradientRows())
-    assert "give --projection_dim, such as 16" in run.warnings[0] and len(said) == 1
+    assert "give --projection_dim, such as 16" in said[0] and len(said) == 1
 
 
 def test_grams_beyond_the_hosts_memory_are_refused(models, tmp_path, monkeypatch):

@@ -242,7 +242,7 @@ def test_normalizers_of_modules_are_stacked_for_their_sites():
     assert set(stacked) == set(sites)
     for site in sites.values():
         for slot, name in enumerate(site.module_names()):
-            slot = ... if site.layers is None else slot
+            slot = ... if site.members is None else slot
             for x, y in zip(
                 jax.tree.leaves(stacked[site.name]), jax.tree.leaves(found[name]), strict=True
             ):

@@ -84,7 +84,7 @@ def test_sites_of_a_hand_written_model():
     assert [s.input_site for s in sites.values()] == ["left", "left", "head"]
     assert [(s.in_features, s.out_features) for s in sites.values()] == [(I, H), (I, H), (H, O)]
     assert [s.use_bias for s in sites.values()] == [True, False, True]
-    assert not any(s.ones or s.layers for s in sites.values())
+    assert not any(s.ones or s.members for s in sites.values())
     assert [s.module_names() for s in sites.values()] == [["left"], ["right"], ["head"]]
     assert model.left.tape is None and model.left.name is None  # nothing stays on the model
 
@@ -115,10 +115,10 @@ def test_sites_of_a_decoder():
     assert owners == [names[0]] * 3 + ["attention.output"] + ["mlp.gate"] * 2 + ["mlp.down"]
     down = sites["layers.{layer}.mlp.down"]
     assert down.module_names() == [f"layers.{i}.mlp.down" for i in range(3)]
-    assert (down.layers, down.stack_size) == ((0, 1, 2), 3)
+    assert (down.members, down.stack) == ((0, 1, 2), (("layer", 3),))
 
     some = restrict(sites, lambda name: name != "layers.1.attention.query" and "mlp" not in name)
-    assert some["layers.{layer}.attention.query"].layers == (0, 2)
+    assert some["layers.{layer}.attention.query"].members == (0, 2)
     # Query and key are no longer of the same layers, so key keeps its own input, for value too.
     owners = [s.input_site.removeprefix("layers.{layer}.") for s in some.values()]
     assert owners == ["attention.query", "attention.key", "attention.key", "attention.output"]
@@ -226,7 +226,7 @@ def test_some_layers_give_the_numbers_that_all_give():
     everything = jhessians.find_sites(loss, model, batch)
     kept = ("layers.0.", "layers.2.mlp", "layers.1.mlp.down")
     some = restrict(everything, lambda name: name.startswith(kept))
-    assert {s.layers for s in some.values()} == {(0,), (0, 2), (0, 1, 2)}
+    assert {s.members for s in some.values()} == {(0,), (0, 2), (0, 1, 2)}
     all_of_it, part = (
         jhessians.run_pass(jhessians.Covariance(), jhessians.Problem(loss, model, sites), data)
         for sites in (everything, some)
@@ -234,7 +234,7 @@ def test_some_layers_give_the_numbers_that_all_give():
     for name, site in some.items():
         for kind in ("activation", "gradient"):
             for one, other in zip(part[name][kind], all_of_it[name][kind], strict=True):
-                assert relative_error(one, other[np.array(site.layers)]) < INVARIANCE
+                assert relative_error(one, other[np.array(site.members)]) < INVARIANCE
 
 
 def test_uneven_rows_lie_where_they_are_said_to():

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jhessians.linalg.symmetric import packed_gram, packed_shapes, packed_trace
+from jhessians.mesh import fetch
 from jhessians.tape import Context, Fold, Site, Statistics
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
@@ -28,7 +30,10 @@ class Covariance:
     shares_inputs = True  # A depends on the input alone
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
-        return factor_shapes(site, self.dtype)
+        shapes: dict[str, Any] = {**factor_shapes(site, self.dtype)}
+        if site.routed:
+            shapes["positions"] = jax.ShapeDtypeStruct((2,), self.dtype)
+        return shapes
 
     def term(
         self,
@@ -38,9 +43,13 @@ class Covariance:
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
-        term = {"gradient": self._gram(masked(g, context), context)}
+        term: dict[str, Any] = {"gradient": self._gram(masked(g, context), context)}
         if site.owns_input:
             term["activation"] = self._gram(masked(with_ones(a, site), context), context)
+        if site.routed:
+            # Two digits, whose sums stay exact where that of the number would round above 2**24.
+            count = context.mask.sum()
+            term["positions"] = jnp.stack([count // 256, count % 256]).astype(self.dtype)
         return term
 
     def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
@@ -49,6 +58,15 @@ class Covariance:
     def _gram(self, x: Float[Array, "n s d"], context: Context) -> tuple[Array, ...]:
         rows = x.reshape(-1, x.shape[-1])
         return packed_gram(rows, multiple=context.shards, dtype=self.dtype)
+
+
+def routed_positions(statistics: Statistics) -> dict[str, np.ndarray]:
+    """How many positions were summed for each expert, by site; nothing for other sites."""
+    return {
+        name: np.round(fetch(sums["positions"])[:, :2]).astype(np.int64) @ np.array([256, 1])
+        for name, sums in statistics.items()
+        if "positions" in sums
+    }
 
 
 class FactorFold(Fold, Protocol):

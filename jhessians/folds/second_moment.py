@@ -114,7 +114,7 @@ def stack_normalizers(
         normalizers: Module's full name → normalizer; others than the sites' are left out.
 
     Returns:
-        Site's name → normalizer, whose arrays have a leading layer axis in stacks.
+        Site's name → normalizer, whose arrays have a leading member axis in stacks.
 
     Raises:
         CheckpointError: If a module has none, one of another shape, or none for its bias where
@@ -137,7 +137,7 @@ def stack_normalizers(
             raise CheckpointError(
                 f"the normalizers of {site.name} are of different kinds; expected one kind"
             )
-        if site.layers is None:
+        if site.members is None:
             stacked[site.name] = entries[0]
         else:
             stacked[site.name] = jax.tree.map(lambda *x: np.stack(x), *entries)
@@ -171,5 +171,5 @@ def _check_fits(module: str, site: Site, normalizer: Normalizer) -> None:
 def _modules(sites: Mapping[str, Site]) -> Iterator[tuple[str, Site, int | None]]:
     """Name, site and slot of every module."""
     for site in sites.values():
-        for slot, name in enumerate(site.module_names()):
-            yield name, site, None if site.layers is None else slot
+        for slot, name in zip(site.slots, site.module_names(), strict=True):
+            yield name, site, slot

@@ -147,12 +147,10 @@ def _check_memory(run: Run, sites: Mapping[str, Site], rows: GradientRows) -> No
             f"{len(sizes)} Grams of up to {max(sizes)} x {max(sizes)} and their eigenvectors take "
             f"{bytes_in_words(2 * total)}, but this host has {bytes_in_words(memory)}; {advice}"
         )
-    line = (
+    run.progress.warn(
         f"{len(sizes)} Grams of up to {max(sizes)} x {max(sizes)} take "
         f"{bytes_in_words(total)}; {advice}, unless they are wanted whole"
     )
-    run.warnings.append(line)
-    run.progress.note(f"warning: {line}")
 
 
 def _normalizers(run: Run, problem: Problem) -> dict[str, Normalizer]:

@@ -92,6 +92,7 @@ class Attention(nnx.Module):
         self.output = linear(queries, hidden, c.output_bias)
         self.query_norm = _qk_norm(c, c.heads, dtype)
         self.key_norm = _qk_norm(c, c.key_value_heads, dtype)
+        self.sinks = nnx.Param(jnp.zeros(c.heads, dtype)) if c.sinks else None
         self.config = c
 
     def __call__(
@@ -105,16 +106,18 @@ class Attention(nnx.Module):
         """
         c = self.config
         query, key, value = self._project(h)
+        query, key = self._normed(self.query_norm, query), self._normed(self.key_norm, key)
         if c.clip is not None:
             query, key, value = (jnp.clip(x, -c.clip, c.clip) for x in (query, key, value))
-        query, key = self._normed(self.query_norm, query), self._normed(self.key_norm, key)
         if positions.cosine is not None and positions.sine is not None:
             angles = positions.cosine[layer.rope], positions.sine[layer.rope]
             paired = c.ropes[0].interleaved
             query, key = (rotate(x, *angles, interleaved=paired) for x in (query, key))
         mixed = attend(
-            query, key, value, layer.scale, layer.window, bias=positions.bias, softcap=c.softcap
-        )
+            query, key, value, layer.scale, layer.window,
+            bias=positions.bias, softcap=c.softcap,
+            sinks=None if self.sinks is None else self.sinks[...],
+        )  # fmt: skip
         return self.output(mixed.reshape(*h.shape[:2], -1))
 
     def _project(self, h: Float[Array, "n s d"]) -> tuple[Array, Array, Array]:
@@ -162,6 +165,7 @@ def attend(
     *,
     bias: Float[Array, "h s"] | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " h"] | None = None,
 ) -> Float[Array, "n s h d"]:
     """Causal softmax(scale · query keyᵀ + bias) value; the softmax at least in float32.
 
@@ -171,6 +175,7 @@ def attend(
         window: How many positions back a query sees, its own included.
         bias: Added to the logits.
         softcap: c in c · tanh(logit / c), before bias and mask.
+        sinks: A logit of each head that every query sees, and whose value is nothing.
     """
     n, s, heads, d = query.shape
     groups = key.shape[2]
@@ -184,5 +189,9 @@ def attend(
     back = jnp.arange(s, dtype=jnp.int32)[:, None] - jnp.arange(s, dtype=jnp.int32)[None, :]
     seen = (back >= 0) & (back < window)
     logits = jnp.where(seen[None, None, None], logits, jnp.finfo(wide).min)
+    if sinks is not None:
+        sink = sinks.astype(wide).reshape(1, groups, heads // groups, 1, 1)
+        logits = jnp.concatenate([logits, jnp.broadcast_to(sink, (*logits.shape[:-1], 1))], -1)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    weights = weights if sinks is None else weights[..., :s]
     return jnp.einsum("ngqst,ntgd->nsgqd", weights, value).reshape(n, s, heads, d)

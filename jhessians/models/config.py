@@ -94,7 +94,7 @@ class AttentionConfig:
             key-value head its queries, its key, its value).
         bias: Whether query, key and value have biases.
         output_bias: Whether the output has one.
-        clip: Bound on the magnitudes of query, key and value.
+        clip: Bound on the magnitudes of query, key and value, normed if they are.
         qk_norm: Norm of queries and keys before their rotation.
         qk_norm_span: What is normed at once and has a scale: a `head`, all heads with one scale;
             `heads`, each with its own; or `all` features together.
@@ -104,6 +104,8 @@ class AttentionConfig:
         ropes: The rotations that layers choose from.
         layer_ropes: Which one each layer takes, None for none; by default the first one.
         alibi: Linear biases, or None.
+        sinks: Whether each head has a learned logit that takes part in the softmax and attends to
+            nothing (Xiao et al. 2023, arXiv:2309.17453).
     """
 
     heads: int
@@ -121,6 +123,7 @@ class AttentionConfig:
     ropes: tuple[RopeConfig, ...] = ()
     layer_ropes: tuple[int | None, ...] = ()
     alibi: AlibiConfig | None = None
+    sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,15 +133,41 @@ class MLPConfig:
     Attributes:
         size: Features inside.
         activation: Name of the nonlinearity.
-        kind: `plain`, down(activation(up(x))); `gated`, down(activation(gate(x)) · up(x)); or
-            `fused`, gated with gate and up as one linear.
+        kind: `plain`, down(activation(up(x))); `gated`, down(activation(gate(x)) · up(x)); or gated
+            with gate and up as one linear: `fused`, all of gate and then all of up; `interleaved`,
+            turn by turn.
         bias: Whether the linears have biases.
+        limit: Fused only: bound on gate from above and on the magnitude of up.
+        up_offset: Fused only: added to up.
     """
 
     size: int
     activation: str
-    kind: Literal["plain", "gated", "fused"] = "gated"
+    kind: Literal["plain", "gated", "fused", "interleaved"] = "gated"
     bias: bool = False
+    limit: float | None = None
+    up_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts.
+
+    Attributes:
+        count: E.
+        chosen: k, how many of them read a token.
+        mlp: Of each expert; gate and up are one linear.
+        router_bias: Whether the router's logits have a bias.
+        normalize: Whether the weights of the chosen experts add up to one.
+        shared: An MLP for all tokens, behind a gate of its own; None if there isn't one.
+    """
+
+    count: int
+    chosen: int
+    mlp: MLPConfig
+    router_bias: bool = False
+    normalize: bool = True
+    shared: MLPConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +182,8 @@ class DecoderConfig:
         positions: Longest document that it takes, in tokens.
         norm: Every norm over the residual stream.
         attention: Of every block.
-        mlp: Of every block.
+        mlp: Of every block without experts.
+        experts: Of every block, instead of `mlp`.
         norm_placement: What is normed: each branch's `input`, its `output`, `both`, or the `sum` of
             stream and branch, as in the original transformer.
         residual: Attention and MLP `sequential`, or `parallel`: both read the block's input, each
@@ -180,6 +210,7 @@ class DecoderConfig:
     norm: NormConfig
     attention: AttentionConfig
     mlp: MLPConfig
+    experts: ExpertsConfig | None = None
     norm_placement: Literal["input", "output", "both", "sum"] = "input"
     residual: Literal["sequential", "parallel", "shared"] = "sequential"
     residual_scale: float = 1.0

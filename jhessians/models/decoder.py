@@ -8,6 +8,7 @@ from jhessians.models.attention import Attention, Layer, Positions, each_layer, 
 from jhessians.models.config import DecoderConfig
 from jhessians.models.layers import Linear, Stack, per_feature
 from jhessians.models.mlp import MLP
+from jhessians.models.moe import MixtureOfExperts
 from jhessians.models.norms import apply, norm_if
 from jhessians.typing import Array, DTypeLike, Float, Int
 
@@ -24,7 +25,11 @@ class Block(nnx.Module):
         self.attention = Attention(c, dtype=dtype, rngs=rngs)
         self.attention_output_norm = norm_if(after, c.hidden_size, c.norm, dtype)
         self.mlp_norm = norm_if(before and own, c.hidden_size, c.norm, dtype)
-        self.mlp = MLP(c, dtype=dtype, rngs=rngs)
+        self.mlp = (
+            MLP(c.hidden_size, c.mlp, dtype=dtype, rngs=rngs)
+            if c.experts is None
+            else MixtureOfExperts(c, dtype=dtype, rngs=rngs)
+        )
         self.mlp_output_norm = norm_if(after, c.hidden_size, c.norm, dtype)
         self.config = c
 

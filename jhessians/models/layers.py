@@ -14,6 +14,9 @@ from jax import lax
 from jhessians.tape import Tapped, attach
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
+PRODUCT = "matrix product"
+"""What a value is called, by `checkpoint_name`, that a policy of matrix products wouldn't know."""
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
@@ -138,9 +141,11 @@ class Stack(Tapped):
             return (hidden, inner.statistics if tape else statistics), None
 
         # A policy of matrix products does not save gathered weights, which would undo `fsdp`.
-        policy = (
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.save_products else None
+        policies = jax.checkpoint_policies
+        policy = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT)
         )
+        policy = policy if self.save_products else None
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         steps = (state, each_layer, jnp.arange(self.count))
         (h, statistics), _ = lax.scan(body, (h, statistics), steps)

@@ -124,6 +124,20 @@ def unnormed(config: DecoderConfig) -> DecoderConfig:
     return replace(config, attention=replace(config.attention, qk_norm=wrong))
 
 
+def swapped_halves(config: DecoderConfig) -> DecoderConfig:
+    """All of gate and then all of up, where they take turns."""
+    assert config.experts is not None
+    mlp = replace(config.experts.mlp, kind="fused")
+    return replace(config, experts=replace(config.experts, mlp=mlp))
+
+
+def unshared(config: DecoderConfig) -> DecoderConfig:
+    """Another activation in the MLP that all tokens share."""
+    assert config.experts is not None and config.experts.shared is not None
+    shared = replace(config.experts.shared, activation="gelu")
+    return replace(config, experts=replace(config.experts, shared=shared))
+
+
 # Family -> settings of config.json, or changes of what we make of them, each of which is wrong.
 TWINS: dict[str, list[dict[str, Any] | Callable[[DecoderConfig], DecoderConfig]]] = {
     "bloom": [{"n_head": 4}],
@@ -141,20 +155,26 @@ TWINS: dict[str, list[dict[str, Any] | Callable[[DecoderConfig], DecoderConfig]]
     "gpt2": [{"n_head": 2}],
     "gpt_neo": [{"window_size": 10}, other_scale],
     "gpt_neox": [{"use_parallel_residual": False}],
+    "gpt_oss": [{"swiglu_limit": 0.9}, {"num_experts_per_tok": 3}, swapped_halves],
     "gptj": [halves],
     "granite": [{"residual_multiplier": 0.61}],
+    "granitemoe": [{"num_experts_per_tok": 2}],
     "helium": [halves],
     "llama": [rope("default")],
     "mistral": [{"sliding_window": 10}],
+    "mixtral": [{"num_experts_per_tok": 1}],
     "nemotron": [no_offset],
     "olmo": [{"clip_qkv": 1.6}],
     "olmo2": [unnormed],
     "olmo3": [{**SWAPPED}],
+    "olmoe": [{"norm_topk_prob": True}],
     "opt": [first_position],
     "phi": [{"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}}],
     "phi3": [{"sliding_window": 10}],
     "qwen2": [{"layer_types": ["sliding_attention", "full_attention"]}],
+    "qwen2_moe": [{"norm_topk_prob": True}, unshared],
     "qwen3": [unnormed],
+    "qwen3_moe": [{"norm_topk_prob": False}],
     "smollm3": [{"no_rope_layers": [0, 1]}],
     "stablelm": [{"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}],
     "starcoder2": [{"sliding_window": 10}],

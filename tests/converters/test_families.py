@@ -66,13 +66,26 @@ def test_every_family_has_a_twin():
 
 
 def linears(model):
-    """Name and kernel of every linear of ours, a stack's with {layer} in the name."""
+    """Name and kernel of every linear of ours."""
     stacked = dict(tapped_modules(model.layers.blocks)).values()
     outside = [m for _, m in tapped_modules(model) if m is not model.layers]
     for module in stacked:
         for layer in range(model.config.layers):
-            yield module.name.format(layer=layer), module.kernel[...][layer]
+            kernel = module.kernel[...][layer]
+            if kernel.ndim == 2:
+                yield module.name.format(layer=layer), kernel
+            else:
+                for expert, one in enumerate(kernel):
+                    yield module.name.format(layer=layer, expert=expert), one
     yield from ((module.name, module.kernel[...]) for module in outside)
+
+
+def expert_names(model):
+    """What torch bergson calls the linears of transformers' fused experts."""
+    for name, module in model.base_model.named_modules():
+        if name.endswith(".experts"):
+            for expert in range(module.num_experts):
+                yield from (f"{name}.expert_{expert}.{p}_proj" for p in ("gate_up", "down"))
 
 
 def stored(folder):
@@ -91,6 +104,7 @@ def test_bfloat16_names_and_the_way_back(case, checkpoint, tmp_path):
         for name, module in theirs.base_model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
     ]
+    names += expert_names(theirs)
     assert sorted(name for name, _ in linears(model)) == sorted(names)
 
     assert {

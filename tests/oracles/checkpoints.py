@@ -121,8 +121,13 @@ def randomize(model: PreTrainedModel, *, seed: int) -> None:
                 value = noise
             elif isinstance(module, Conv1D):
                 value = noise / parameter.shape[0] ** 0.5
-            elif isinstance(module, torch.nn.Linear):
+            elif isinstance(module, torch.nn.Linear) or "Router" in type(module).__name__:
                 value = noise / parameter.shape[1] ** 0.5
+            elif "Experts" in type(module).__name__:
+                transposed = getattr(module, "is_transposed", False)
+                value = noise / parameter.shape[1 if transposed else 2] ** 0.5
+            elif name == "sinks":
+                value = noise
             else:
                 raise ValueError(
                     f"no rule for {full_name} {tuple(parameter.shape)} of "
