@@ -58,7 +58,8 @@ def compute(config: ComputeConfig, progress: Progress) -> Summary:
         run = _prepare(config, mesh, progress, part)
         FITS[config.bergson_method](run)
         _write_config(run)
-        profile = recorder.finish(run) if recorder else None
+        with together():
+            profile = recorder.finish(run) if recorder else None
         with together():
             stack.close()
     # Only the first process is sure to see the folder, and only it has something to say.
