@@ -5,6 +5,7 @@ import os
 # Before transformers is imported: it would warn that there is no torch, which we do without.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+from converters.flax_checkpoint import save_flax  # noqa: E402
 from converters.hub import load_tokenizer  # noqa: E402
 from converters.loading import LoadedModel, load  # noqa: E402
 from converters.registry import create, decoder_config, register, supported  # noqa: E402
@@ -24,5 +25,6 @@ __all__ = [
     "norm",
     "register",
     "save",
+    "save_flax",
     "supported",
 ]

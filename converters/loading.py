@@ -2,11 +2,11 @@
 
 The module is built from shapes alone. Each tensor is read, put on its devices and written into
 its parameter, in place, before the next one is read: besides the module the host holds about one
-tensor.
+tensor. Where parameters are sharded, a host reads the slices that its own devices hold.
 """
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Shaped
+from jaxtyping import Array
 
-from converters import adapters, hub, registry, rules
-from converters.reader import StoredTensor, open_checkpoint
+from converters import adapters, flax_checkpoint, hub, registry, rules
+from converters.flax_checkpoint import FlaxCheckpoint
+from converters.reader import SlicedTensor, StoredTensor, open_checkpoint
 from jhessians.errors import CheckpointError, NumericsError
 from jhessians.mesh import mark_sharded, parameter_specs
 from jhessians.models.decoder import Decoder
@@ -47,7 +49,7 @@ def load(
     mesh: Mesh | None = None,
     fsdp: bool = False,
 ) -> LoadedModel:
-    """Load a Hugging Face checkpoint as a Flax module.
+    """Load a checkpoint, Hugging Face's or one that `jhessians convert` wrote, as a Flax module.
 
     Args:
         name_or_folder: A folder, or a name on the Hub such as `EleutherAI/pythia-160m`. That of a
@@ -71,14 +73,27 @@ def load(
     if fsdp and mesh is None:
         raise ValueError("fsdp shards parameters over a mesh; give one")
     source = hub.find(name_or_folder, revision)
+    flax = flax_checkpoint.is_flax(source.folder)
     config = registry.read_config(source.folder)
     registry.decoder_config(config)  # refuses before anything large is downloaded
     family = registry.family_of(config)
     adapter = adapters.open_adapter(source.adapter) if source.adapter else None
+    model = nnx.eval_shape(lambda: registry.create(config, rngs=nnx.Rngs(0)))
+    if flax:
+        if adapter is not None:
+            raise CheckpointError(
+                f"{source.folder} is a Flax checkpoint; expected a Hugging Face one as an "
+                f"adapter's base; make one with `jhessians convert {source.folder} FOLDER`"
+            )
+        parameters_on_disk = flax_checkpoint.open_flax(source.folder, config.model_type)
+        dtype = _parameter_dtype(parameters_on_disk.dtypes, dtype, source.folder)
+        if mesh is not None and fsdp:
+            mark_sharded(model, mesh)
+        _restore(model, parameters_on_disk, dtype, mesh)
+        return LoadedModel(model, config, hub.tokenizer_of(source))
+
     source.obtain_weights()
     checkpoint = open_checkpoint(source.folder)
-
-    model = nnx.eval_shape(lambda: registry.create(config, rngs=nnx.Rngs(0)))
     wanted = rules.slots(family, parameter_shapes(model))
     stored = rules.match(family, wanted, checkpoint)
     rules.check_tied(family, wanted, checkpoint)
@@ -86,12 +101,7 @@ def load(
         shapes = parameter_shapes(model)
         slots, tensors = adapters.attach(model, adapter, family, wanted, shapes)
         wanted, stored = {**wanted, **slots}, {**stored, **tensors}
-    dtype = _parameter_dtype(stored) if dtype is None else jnp.dtype(dtype)
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise CheckpointError(
-            f"{source.folder} would be loaded as {dtype}, which JAX has turned off; "
-            "set JAX_ENABLE_X64=1, or load it as float32"
-        )
+    dtype = _parameter_dtype({tensor.dtype for tensor in stored.values()}, dtype, source.folder)
     if mesh is not None and fsdp:
         mark_sharded(model, mesh)
     _fill(model, wanted, stored, dtype, mesh)
@@ -109,13 +119,37 @@ def parameter_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     return {path: tuple(variable.shape) for path, variable in parameters(model).items()}
 
 
-def _parameter_dtype(stored: Mapping[str, StoredTensor]) -> np.dtype:
-    """The narrowest dtype that holds every tensor without loss."""
-    dtypes = {tensor.dtype for tensor in stored.values()}
-    widest = dtypes.pop()
-    for dtype in dtypes:
-        widest = np.promote_types(widest, dtype)
-    return widest
+def _parameter_dtype(stored: set[np.dtype], wanted: Any, folder: Path) -> np.dtype:
+    """The one that is asked for, or else the narrowest that holds all stored ones without loss."""
+    dtype = reduce(np.promote_types, stored) if wanted is None else jnp.dtype(wanted)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise CheckpointError(
+            f"{folder} would be loaded as {dtype}, which JAX has turned off; "
+            "set JAX_ENABLE_X64=1, or load it as float32"
+        )
+    return dtype
+
+
+def _restore(
+    model: Decoder, checkpoint: FlaxCheckpoint, dtype: np.dtype, mesh: Mesh | None
+) -> None:
+    """Read every parameter of a Flax checkpoint; `model` holds shapes before and arrays after."""
+    state = nnx.state(model, nnx.Param)
+    variables = dict(nnx.to_flat_state(state))
+    paths = {".".join(map(str, path)): path for path in variables}
+    specs = {} if mesh is None else dict(nnx.to_flat_state(parameter_specs(state, mesh)))
+    default = jnp.zeros(()).sharding
+    wanted = {}
+    for name, path in paths.items():
+        spec = None if mesh is None else tuple(specs[path].get_value())
+        sharding = _sharding(mesh, spec) or default
+        wanted[name] = jax.ShapeDtypeStruct(variables[path].shape, dtype, sharding=sharding)
+    arrays = checkpoint.restore(wanted)
+    for name, array in arrays.items():
+        if not bool(_is_finite(array)):
+            raise _not_finite(name, dtype)
+        variables[paths[name]] = variables[paths[name]].replace(array)
+    nnx.update(model, nnx.from_flat_state(variables))
 
 
 def _fill(
@@ -126,9 +160,9 @@ def _fill(
     mesh: Mesh | None,
 ) -> None:
     """Read every tensor into its parameter; `model` holds shapes before and arrays after."""
-    names: dict[str, list[str]] = {}
+    entries: dict[str, dict[tuple[int, ...], list[str]]] = {}  # of an entry, its tensors
     for name, slot in wanted.items():
-        names.setdefault(slot.parameter, []).append(name)
+        entries.setdefault(slot.parameter, {}).setdefault(slot.index, []).append(name)
     state = nnx.state(model, nnx.Param)
     flat = dict(nnx.to_flat_state(state))
     specs = {} if mesh is None else dict(nnx.to_flat_state(parameter_specs(state, mesh)))
@@ -136,24 +170,22 @@ def _fill(
         spec = None if mesh is None else tuple(specs[path].get_value())
         sharding = _sharding(mesh, spec)
         array = None
-        for name in names[".".join(map(str, path))]:
-            slot = wanted[name]
-            with np.errstate(over="ignore"):  # found out below
-                values = slot.transform.to_ours(stored[name].read()).astype(dtype, copy=False)
-            entry = _place(values, _sharding(mesh, spec, len(slot.index)))
-            if not slot.index:
+        for index, names in entries[".".join(map(str, path))].items():
+            shape = variable.shape[len(index) :]
+            names.sort(key=lambda name: wanted[name].part)
+            parts = [_reader(stored[name], wanted[name].transform, dtype) for name in names]
+            read = parts[0] if len(parts) == 1 else _side_by_side(parts, shape[-1])
+            entry = _place(read, shape, _sharding(mesh, spec, len(index)))
+            if not index:
                 array, finite = entry, _is_finite(entry)
             else:
                 if array is None:
                     array = jnp.zeros(variable.shape, dtype, device=sharding)
-                index = tuple(np.int32(i) for i in slot.index)
-                array, finite = _writer(sharding)(array, entry, index)
+                where = tuple(np.int32(i) for i in index)
+                array, finite = _writer(sharding)(array, entry, where)
             # Asking for the answer also waits for the transfer: tensors don't pile up on the host.
             if not bool(finite):
-                raise NumericsError(
-                    f"{name} holds NaN or infinity as {dtype}; expected finite weights; "
-                    "check the checkpoint, or load it in a wider type"
-                )
+                raise _not_finite(" or ".join(names), dtype)
         flat[path] = variable.replace(array)
     nnx.update(model, nnx.from_flat_state(flat))
 
@@ -163,10 +195,54 @@ def _sharding(mesh: Mesh | None, spec: tuple | None, leading: int = 0) -> Shardi
     return None if mesh is None or spec is None else NamedSharding(mesh, P(*spec[leading:]))
 
 
-def _place(values: Shaped[np.ndarray, "..."], sharding: Sharding | None) -> Array:
+def _reader(
+    tensor: StoredTensor, transform: rules.Transform, dtype: np.dtype
+) -> Callable[[rules.Slices], rules.Values]:
+    """Reads slices of an entry of ours: from the file no more than those, where that can be."""
+
+    def converted(values: rules.Values) -> rules.Values:
+        with np.errstate(over="ignore"):  # infinity is found out on the devices
+            return transform.to_ours(values).astype(dtype, copy=False)
+
+    slices = transform.slices
+    if slices is not None and isinstance(tensor, SlicedTensor):
+        return lambda index: converted(tensor.read_slice(slices(index)))
+    whole = cache(lambda: converted(tensor.read()))
+    return lambda index: whole()[index]
+
+
+def _side_by_side(
+    readers: Sequence[Callable[[rules.Slices], rules.Values]], columns: int
+) -> Callable[[rules.Slices], rules.Values]:
+    """Reads slices of an entry whose columns several tensors share equally."""
+    width = columns // len(readers)
+
+    def read(index: rules.Slices) -> rules.Values:
+        start, stop, _ = index[-1].indices(columns)
+        pieces = [
+            reader((*index[:-1], slice(max(start - k * width, 0), min(stop - k * width, width))))
+            for k, reader in enumerate(readers)
+            if start < (k + 1) * width and stop > k * width
+        ]
+        return np.concatenate(pieces, axis=-1)
+
+    return read
+
+
+def _place(
+    read: Callable[[rules.Slices], rules.Values], shape: tuple[int, ...], sharding: Sharding | None
+) -> Array:
+    """An entry on its devices, of which each host reads what its own devices hold."""
     if sharding is None:
-        return jnp.asarray(values)
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+        return jnp.asarray(read((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, lambda index: read(index or ()))
+
+
+def _not_finite(name: str, dtype: np.dtype) -> NumericsError:
+    return NumericsError(
+        f"{name} holds NaN or infinity as {dtype}; expected finite weights; check the checkpoint, "
+        "or load it in a wider type"
+    )
 
 
 @jax.jit
@@ -179,6 +255,9 @@ def _writer(sharding: Sharding | None) -> Any:
     """Writes an entry into a stack, in the stack's own memory, and tells whether it is finite."""
 
     def write(stack: Array, entry: Array, index: tuple[Array, ...]) -> tuple[Array, Array]:
-        return stack.at[index].set(entry), jnp.isfinite(entry).all()
+        # Not `stack.at[index].set`: XLA's scatter copies a stack of bfloat16 on CPU.
+        place = (*index, *(jnp.int32(0),) * entry.ndim)
+        written = lax.dynamic_update_slice(stack, entry[(None,) * len(index)], place)
+        return written, jnp.isfinite(entry).all()
 
     return jax.jit(write, donate_argnums=0, out_shardings=(sharding, None))

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from converters import adapters, hub, registry, rules
+from converters.flax_checkpoint import is_flax
 from converters.loading import load, parameters
 from converters.reader import open_checkpoint
 from converters.saving import to_theirs
@@ -52,12 +53,17 @@ def verify(name_or_folder: str | Path, *, revision: str | None = None, tokens: i
         CheckpointError: If it can't be loaded, or a tensor doesn't survive the round trip.
         NumericsError: If a weight or a logit is NaN or infinite.
     """
+    source = hub.find(name_or_folder, revision)
+    if is_flax(source.folder):
+        raise CheckpointError(
+            f"{source.folder} is a Flax checkpoint, while verify compares with Hugging Face's "
+            f"files; give it what `jhessians convert {source.folder} FOLDER` writes"
+        )
     model, config, _ = load(name_or_folder, revision=revision)
     adapters.refuse(model, "which verify can't write back")
     family = registry.family_of(config)
     arrays = {path: variable.get_value() for path, variable in parameters(model).items()}
     wanted = rules.slots(family, {path: array.shape for path, array in arrays.items()})
-    source = hub.find(name_or_folder, revision)
     stored = rules.match(family, wanted, open_checkpoint(source.folder))
     for name, slot in wanted.items():
         values = stored[name].read()

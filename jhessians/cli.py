@@ -19,8 +19,10 @@ from jhessians.console import quiet_libraries, report_failure, unwound_by_signal
 from jhessians.errors import ConfigError
 from jhessians.options import check_all, did_you_mean, options_of
 from jhessians.parsers import (
+    CONVERT_USAGE,
     PROGRAM,
     build_compute_parser,
+    build_convert_parser,
     build_mix_parser,
     normalize_flags,
 )
@@ -106,6 +108,35 @@ def run_mix(arguments: Sequence[str], *, on_debug: Callable[[], None]) -> None:
         _say(summary.render())
 
 
+def run_convert(arguments: Sequence[str], *, on_debug: Callable[[], None]) -> None:
+    """`jhessians convert`: calls `jhessians.convert.convert`; arguments as `run_compute`.
+
+    Raises:
+        ConfigError: If an option is unknown or wrong, or a place is missing.
+    """
+    from jhessians.convert import ConvertConfig, convert
+
+    parser = build_convert_parser()
+    options = options_of(ConvertConfig)
+    given = vars(parser.parse_args(normalize_flags(arguments, options)))
+    if given.pop("help", False):
+        _say(parser.format_help().rstrip())
+        return
+    places = {name: given.pop(name, None) for name in ("model", "out")}
+    for name, place in places.items():
+        if place is None:
+            raise ConfigError(f"{name.upper()} is missing; usage: {CONVERT_USAGE}")
+    config = ConvertConfig(**places, **check_all(options, given, where="the command line"))
+    config.validate()
+    if config.debug:
+        on_debug()
+    with quiet_libraries(debug=config.debug, quiet=config.quiet), _float64(config.needs_float64):
+        progress = Progress(quiet=config.quiet)
+        summary = convert(config, progress)
+        if not progress.quiet:
+            _say(summary.render())
+
+
 def _keep_compilations() -> None:
     """Let a later run of the same shapes find what this one compiles.
 
@@ -147,6 +178,7 @@ class Command:
 COMMANDS = {
     "compute": Command("fit a Hessian approximation of a model on a data set", run_compute),
     "mix": Command("mix two autocorrelation Hessians into one", run_mix),
+    "convert": Command("convert a checkpoint from Hugging Face to Flax, or back", run_convert),
 }
 
 

@@ -49,6 +49,20 @@ examples:
       --output_path runs/mixed
 """
 
+CONVERT_USAGE = f"{PROGRAM} convert MODEL OUT [options]"
+CONVERT_DESCRIPTION = """\
+Convert a Hugging Face checkpoint into an Orbax checkpoint of the Flax module,
+which --model and converters.load take as well, or one of those back into a
+Hugging Face checkpoint: the same names and bits.
+"""
+CONVERT_EXAMPLES = """\
+Flags may be spelt with - or _, and a bare --flag means --flag true.
+
+examples:
+  jhessians convert EleutherAI/pythia-160m pythia-flax
+  jhessians convert pythia-flax pythia-again
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """Raises what argparse would print, so that every error takes the same way out."""
@@ -101,6 +115,24 @@ def build_mix_parser() -> argparse.ArgumentParser:
     parser = command_parser("mix", MIX_USAGE, MIX_DESCRIPTION, MIX_EXAMPLES)
     add_help(parser.add_argument_group("general"))
     add_options(parser, MixConfig)
+    return parser
+
+
+def build_convert_parser() -> argparse.ArgumentParser:
+    """The parser of `convert`, from the options of `ConvertConfig`."""
+    from jhessians.convert import ConvertConfig
+
+    parser = command_parser("convert", CONVERT_USAGE, CONVERT_DESCRIPTION, CONVERT_EXAMPLES)
+    general = parser.add_argument_group("general")
+    general.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="Hugging Face Hub name or local folder of the checkpoint, in either format.",
+    )
+    general.add_argument("out", nargs="?", metavar="OUT", help="Folder to write.")
+    add_help(general)
+    add_options(parser, ConvertConfig)
     return parser
 
 
