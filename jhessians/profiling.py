@@ -140,9 +140,9 @@ def needed(run: Run) -> dict[str, float]:
     lengths = arithmetic.count_lengths(run.documents.lengths.tolist())
     model: Any = problem.model
     everything = find_sites(problem.loss, model, next(iter(run.batches))).values()
-    experts = getattr(model.config, "experts", None)
+    experts = model.config.experts
     share = experts.chosen / experts.count if experts else 1.0
-    readers = {each.name: share for each in everything if getattr(each, "routed", False)}
+    readers = {each.name: share for each in everything if each.routed}
     head = (model.embedding if model.head is None else model.head)[...].size
     weights = arithmetic.multiplied_weights(everything, head, readers)
     passes = arithmetic.passes(weights, lengths, draws=problem.draws)

@@ -3,21 +3,25 @@
 import gzip
 import json
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jhessians
 from jhessians import profiling
 from jhessians.cli import main
 from jhessians.config import ComputeConfig
 from jhessians.errors import ConfigError, OutputError
+from jhessians.models.config import ExpertsConfig, MLPConfig
 from jhessians.progress import Progress
 from jhessians.report import arithmetic
 from jhessians.report.profile import Profile, StageProfile
 from jhessians.tape import Site
 from jhessians.traversal import unshared
+from tests import small
 
 I, O, P = 3, 5, 2  # noqa: E741
 
@@ -84,6 +88,24 @@ def test_experts_read_some_tokens():
     share = {"a": 0.25}
     assert arithmetic.covariances([site()], {4: 1}, readers=share) == 4 * 34 / 4
     assert arithmetic.multiplied_weights([site()], head=5, readers=share) == 5 + 15 / 4
+    # Of a document of 8 tokens it reads 2.
+    for count in (arithmetic.correction, arithmetic.shampoo):
+        assert count([site()], {8: 3}, readers=share) == count([site()], {2: 3})
+
+
+def test_what_a_mixture_of_experts_needs():
+    mlp = MLPConfig(24, "silu", kind="fused", bias=False)
+    model = small.decoder(experts=ExpertsConfig(4, 1, mlp))
+    documents = small.documents([9, 5])
+    batches = small.batches(documents)
+    loss = jhessians.NextTokenLoss("dataset")
+    problem = jhessians.Problem(loss, model, jhessians.find_sites(loss, model, batches[0]))
+    config = ComputeConfig(run_path="r", method="kfac")
+    run = SimpleNamespace(config=config, problem=problem, documents=documents, batches=batches)
+    found = profiling.needed(run)["Covariances"]
+    weights = 2 * (16 * 48 + 16 * 16 + 16 * 48 + 24 * 16) + 53 * 16  # one expert of four
+    grams = 2 * (16**2 + 48**2 + 16**2 + 16**2 + 16**2 + 48**2 + 24**2 + 16**2)
+    assert found == 14 * (4 * weights + grams)
 
 
 def test_lengths_are_counted_without_those_that_are_skipped():

@@ -8,11 +8,15 @@ the names of some of these precisions and multiplies in float32: it can't show a
 present device really does follows, error and speed, for every precision that it has.
 
 A whole fit is that of a small random Llama: forward and backward pass, Grams and correction all in
-one precision, against float64, Λ in the eigenvectors of float64. `--peer DIR` adds the factors that
-another tool fitted in float32 on the same model and tokens, which `--model DIR` keeps.
+one precision, against float64, Λ in the eigenvectors of float64. `--model DIR` keeps the model and
+its tokens, and `--peer OUT` adds what bergson fitted on them in float32:
+
+    bergson hessian OUT --method kfac --model DIR --dataset DIR/tokens.jsonl --truncation \\
+        --use_dataset_labels
 """
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -155,7 +159,7 @@ def fit_rows(folder: Path, peer: Path | None) -> Iterator[list[str]]:
             worst({name: theirs[factor][name] for name in exact[factor]}, exact[factor])
             for factor in ("A", "S")
         ]
-        yield ["another tool in float32", *(f"{error:.1e}" for error in errors), "", ""]
+        yield ["bergson in float32", *(f"{error:.1e}" for error in errors), "", ""]
 
 
 def device_rows(device: jax.Device, size: int) -> Iterator[list[str]]:
@@ -195,12 +199,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", type=int, default=2048, help="of the device's products")
     parser.add_argument("--model", type=Path, metavar="DIR", help="keep the random model here")
-    parser.add_argument("--peer", type=Path, metavar="DIR",
-                        help="a float32 fit of --model by bergson")  # fmt: skip
+    parser.add_argument("--peer", type=Path, metavar="OUT", help="bergson's fit of --model")
     parser.add_argument("--results", type=Path, default=HERE / "results", metavar="DIR")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)  # errors are measured against float64
-    device = jax.devices()[0]
+    load, device = os.getloadavg()[0], jax.devices()[0]
     device_table = table(["precision", "error", "GFLOP/s"], device_rows(device, options.size))
     cpu = jax.devices("cpu")[0]
     emulate_on_cpu()
@@ -210,12 +213,13 @@ def main() -> None:
         models.build(folder, SHAPE, tokens=TOKENS, chunk=CHUNK)
         header = ["precision", "A", "S", "Λ", "sum of Λ"]
         fits = table(header, fit_rows(folder, options.peer))
-    words = ["--model DIR", "--peer DIR"] if options.peer else []
+    words = ["--model DIR", "--peer OUT"] if options.peer else []
     command = " ".join(["python examples/benchmarks/precision.py", *words])
     page = PAGE.format(
         machine=report.describe_machine(), device=f"{device.device_kind} ({device.platform})",
         versions=", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "numpy")),
-        command=command, size=options.size, device_table=device_table, products=products, fits=fits,
+        load=load, command=command, size=options.size, device_table=device_table,
+        products=products, fits=fits,
         note=CPU_NOTE if device.platform == "cpu" else "", shape=SHAPE, tokens=TOKENS, chunk=CHUNK,
     )  # fmt: skip
     options.results.mkdir(parents=True, exist_ok=True)
@@ -226,7 +230,7 @@ PAGE = """\
 # Precision of matrix products
 
 - machine: {machine}
-- device: {device}
+- device: {device}; other processes that wanted to run when this began: {load:.1f}
 - versions: {versions}
 - command: `{command}`
 

@@ -86,10 +86,11 @@ def shampoo(
     """G Gᵀ and GᵀG of each document, through its gradient or through Grams of positions."""
     total = 0.0
     for each in linears:
-        i, o, modules = each.inputs, each.out_features, _modules(each, readers or {})
+        i, o, modules = each.inputs, each.out_features, len(each.module_names())
         for length, count in lengths.items():
-            gradient = 2 * length * i * o + i * o * (i + o)
-            positions = length * (3 * length * (i + o) + i * i + o * o)
+            rows = length * (readers or {}).get(each.name, 1)
+            gradient = 2 * rows * i * o + i * o * (i + o)
+            positions = rows * (3 * rows * (i + o) + i * i + o * o)
             total += modules * draws * count * min(gradient, positions)
     return total
 
@@ -108,11 +109,12 @@ def correction(
     total = 0.0
     for group in _by_input(linears):
         i, outputs = group[0].inputs, [each.out_features for each in group]
-        modules = _modules(group[0], readers or {})
+        modules, share = len(group[0].module_names()), (readers or {}).get(group[0].name, 1)
         for length, count in lengths.items():
-            gradients = draws * sum(2 * length * i * o for o in outputs)
-            of_a = min(2 * length * i * i, draws * sum(2 * o * i * i for o in outputs))
-            of_g = draws * sum(min(2 * length * o * o, 2 * i * o * o) for o in outputs)
+            rows = length * share
+            gradients = draws * sum(2 * rows * i * o for o in outputs)
+            of_a = min(2 * rows * i * i, draws * sum(2 * o * i * i for o in outputs))
+            of_g = draws * sum(min(2 * rows * o * o, 2 * i * o * o) for o in outputs)
             total += modules * count * (gradients + of_a + of_g)
     return total
 
