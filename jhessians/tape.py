@@ -337,7 +337,9 @@ def _add_experts(fold, site, x, g, statistics, operands, context, layer, routing
         def term(operands):
             def of_grid(rows, there):
                 here = replace(context, mask=there & mask[routing.token[rows]])
-                return fold.term(site, x[rows], g[rows], operands, here)
+                # Zeros where there is no row, as in padding, also for a fold that has no masks.
+                a_nsi, g_nso = (jnp.where(there[..., None], t[rows], 0) for t in (x, g))
+                return fold.term(site, a_nsi, g_nso, operands, here)
 
             width = tokens // documents
             return over_grid(of_grid, routing, expert, positions=width, axes=context.axes)
