@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jhessians.config import AUTOCORRELATION, METHODS, ComputeConfig
+from jhessians.config import METHODS, ComputeConfig
 from jhessians.errors import ConfigError
+from jhessians.methods.autocorrelation_options import AUTOCORRELATION
 from jhessians.options import Option, options_of
 from jhessians.precision import HIGHEST
 
@@ -28,6 +29,7 @@ def check_together(config: ComputeConfig) -> None:
     _check_chunks(config)
     _check_projection(config)
     _check_heads(config)
+    _check_experts(config)
     _check_trace(config)
 
 
@@ -94,6 +96,11 @@ def _check_method(config: ComputeConfig) -> None:
         raise ConfigError(
             f"--num_shards splits Kronecker factors, which --method {config.method} has none of; "
             "leave it out"
+        )
+    if config.module_partitions != 1:
+        raise ConfigError(
+            f"--module_partitions divides the fit of Kronecker factors, which --method "
+            f"{config.method} has none of; leave it out, or choose with --modules"
         )
 
 
@@ -174,6 +181,14 @@ def _check_heads(config: ComputeConfig) -> None:
         raise ConfigError(
             f"--head_dim {config.head_dim} is no axis of features; heads are split along axis "
             f"{HEAD_AXIS} of [document, position, feature]: leave it out"
+        )
+
+
+def _check_experts(config: ComputeConfig) -> None:
+    if config.moe_experts and config.attribute_tokens:
+        raise ConfigError(
+            "--attribute_tokens wants a gradient from every token, but an expert of --moe_experts "
+            "reads only some; leave one of them out"
         )
 
 

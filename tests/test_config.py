@@ -42,6 +42,7 @@ CHANGED = ComputeConfig(
     include_bias=True,
     modules=("layers.*.mlp.*", "*.q_proj"),
     filter_modules="*.gate_proj,*.k_proj",
+    moe_experts="model.layers.*.mlp.experts",
     token_batch_size=512,
     world_size=4,
     fsdp=True,
@@ -176,6 +177,10 @@ def test_every_method_is_a_choice():
         ),
         (DENSE | {"normalizer": "adam", "optimizer_state": "x"}, "give one"),
         (DENSE | {"mc_samples": 2}, "--mc_samples 2 draws labels"),
+        (
+            DENSE | {"attribute_tokens": True, "moe_experts": "*.experts"},
+            "an expert of --moe_experts reads only some; leave one of them out",
+        ),
     ],
 )
 def test_clashes(options, words):

@@ -235,6 +235,7 @@ def test_next_steps_carry_what_differs_from_bergson():
         truncation=True,
         split="test",
         include_bias=True,
+        moe_experts="*.experts, x",
     )
     shell, _ = next_steps(
         config, model="org/m", dataset="my docs.jsonl", shards=3, model_max_length=512
@@ -244,6 +245,7 @@ def test_next_steps_carry_what_differs_from_bergson():
     for words in (
         "--data.dataset 'my docs.jsonl'", "--query.split test", "--data.truncation true",
         "--include_bias true", "--token_batch_size 512", "--hessian_cfg.ev_correction true",
+        "--moe_experts '*.experts, x'",
     ):  # fmt: skip
         assert words in shell
 

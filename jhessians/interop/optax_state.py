@@ -6,7 +6,6 @@ types. So a state is known by its fields: `mu` and `nu` are Adam's (and AdamW's,
 kernels [in, out], stacked where the model stacks its layers.
 """
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,10 +103,9 @@ def normalizers_from_optax(
         bias = None
         if include_bias and linear.bias_shape is not None:
             (bias,) = _moments_of(found, linear, "bias", where)
-        for layer, name in enumerate(linear.modules):
-            of_layer = operator.itemgetter(layer) if linear.stacked else lambda x: x
-            own = [of_layer(x) for x in weight]
-            normalizers[name] = _normalizer(own, None if bias is None else of_layer(bias))
+        for index, name in zip(np.ndindex(linear.stack), linear.modules, strict=True):
+            own = [x[index] for x in weight]
+            normalizers[name] = _normalizer(own, None if bias is None else bias[index])
     return normalizers
 
 
@@ -116,15 +114,15 @@ class LinearPlace(NamedTuple):
 
     Attributes:
         path: Of the module in the model's state.
-        modules: The full names of the modules, a stack's by layer.
-        stacked: Whether the parameters have a leading layer axis.
-        kernel_shape: As stored, [(layer,) in, out].
-        bias_shape: As stored, [(layer,) out]; None if there is no bias.
+        modules: The full names of the modules, a stack's by layer and expert.
+        stack: How many layers and experts there are: the parameters' leading axes.
+        kernel_shape: As stored, [(layer,) (expert,) in, out].
+        bias_shape: As stored, [(layer,) (expert,) out]; None if there is no bias.
     """
 
     path: tuple[str, ...]
     modules: tuple[str, ...]
-    stacked: bool
+    stack: tuple[int, ...]
     kernel_shape: tuple[int, ...]
     bias_shape: tuple[int, ...] | None
 
@@ -133,20 +131,25 @@ def linears(model: nnx.Module) -> Iterator[LinearPlace]:
     """Every linear of a model, under the names that the traversal gives them."""
     for path, module in tapped_modules(model):
         if not module.scans:
-            yield _place(path, module, module.name or path, None)
+            yield _place(path, module, module.name or path + module.suffix, {})
             continue
         stack: Any = module
         prefix = f"{stack.name or path}.{{layer}}"
         for inner_path, inner in tapped_modules(stack.blocks):
-            name = inner.name or f"{prefix}.{inner_path}"
-            yield _place(f"{path}.blocks.{inner_path}", inner, name, stack.count)
+            name = inner.name or f"{prefix}.{inner_path}{inner.suffix}"
+            yield _place(f"{path}.blocks.{inner_path}", inner, name, {"layer": stack.count})
 
 
-def _place(path: str, linear: Any, name: str, layers: int | None) -> LinearPlace:
-    modules = (name,) if layers is None else tuple(name.format(layer=i) for i in range(layers))
-    bias = None if linear.bias is None else tuple(linear.bias.shape)
+def _place(path: str, linear: Any, name: str, stack: dict[str, int]) -> LinearPlace:
     kernel = tuple(linear.kernel.shape)
-    return LinearPlace(tuple(path.split(".")), modules, layers is not None, kernel, bias)
+    if len(kernel) > len(stack) + 2:
+        stack = {**stack, "expert": kernel[len(stack)]}
+    shape = tuple(stack.values())
+    modules = tuple(
+        name.format(**dict(zip(stack, index, strict=True))) for index in np.ndindex(shape)
+    )
+    bias = None if linear.bias is None else tuple(linear.bias.shape)
+    return LinearPlace(tuple(path.split(".")), modules, shape, kernel, bias)
 
 
 def _orbax_folder(path: Path) -> Path | None:
@@ -198,8 +201,8 @@ def _moments_of(
     # `v_col`; of equal ones, the later counts as larger.
     smaller, larger = sorted(range(len(shape)), key=lambda axis: shape[axis])[-2:]
     expected = [_without(shape, larger), _without(shape, smaller)]
-    layer_axis = linear.stacked and 0 in (smaller, larger)
-    if [tuple(x.shape) for x in factors] != expected or kind != "kernel" or layer_axis:
+    mixed = min(smaller, larger) < len(linear.stack)  # means over layers or experts
+    if [tuple(x.shape) for x in factors] != expected or kind != "kernel" or mixed:
         given = ", ".join(str(tuple(x.shape)) for x in (*factors, whole))
         raise CheckpointError(
             f"{where} has second moments of {name} of shape {given}; expected {shape}"

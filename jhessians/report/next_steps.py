@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from jhessians.config import AUTOCORRELATION, ComputeConfig
+from jhessians.config import ComputeConfig
+from jhessians.methods.autocorrelation_options import AUTOCORRELATION
 from jhessians.options import options_of
 from jhessians.report.summary import WIDTH
 
@@ -126,6 +127,7 @@ def _run_flags(config: ComputeConfig, model_max_length: int | None) -> Flags:
             ("label_smoothing", config.label_smoothing, 0.0),
             ("include_bias", config.include_bias, False),
             ("filter_modules", config.filter_modules, None),
+            ("moe_experts", config.moe_experts, None),
             ("fsdp", config.fsdp, False),
             ("token_batch_size", tokens, 2048),
         ]

@@ -21,7 +21,9 @@ from jhessians.errors import CheckpointError, NumericsError
 from jhessians.interop.optax_state import is_orbax, normalizers_from_optax, read_optax_state
 from jhessians.interop.optimizer_state import load_normalizers, read_torch_optimizer
 from jhessians.models.layers import Linear, Stack
+from jhessians.models.moe import ExpertLinear
 from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer
+from tests.oracles.architectures import ARCHITECTURES
 from tests.oracles.families import FAMILIES
 from tests.small import fill
 
@@ -352,6 +354,33 @@ def test_a_decoders_moments_have_bergsons_names(tmp_path):
     assert set(found) == set(listed) - {None}
     for name, normalizer in found.items():
         assert normalizer.weight_avg_sq.shape == listed[name].shape[::-1]  # Conv1D is [in, out]
+
+
+def mixture():
+    return registry.create(CONFIG_MAPPING["gpt_oss"](**ARCHITECTURES["gpt_oss"](64)),
+                           rngs=nnx.Rngs(0))  # fmt: skip
+
+
+def test_moments_of_experts_are_cut_by_layer_and_expert():
+    model = fill(mixture)
+    state = filled(optax.adam(1e-3), model)
+    found = normalizers_from_optax(state, model, include_bias=True)
+    assert len(found) == 3 * (4 + 2 * 6)
+    moments = nnx.to_pure_dict(adam_state(state).nu)["layers"]["blocks"]["mlp"]["gate_up"]
+    for layer, expert in ((0, 0), (0, 5), (2, 3)):
+        one = found[f"layers.{layer}.mlp.experts.expert_{expert}.gate_up_proj"]
+        np.testing.assert_array_equal(one.weight_avg_sq, moments["kernel"][layer, expert].T)
+        np.testing.assert_array_equal(one.bias_avg_sq, moments["bias"][layer, expert])
+
+
+def test_means_over_experts_are_no_second_moments():
+    """optax's Adafactor factors the two largest axes, whatever they stand for."""
+    model = nnx.eval_shape(lambda: ExpertLinear(9, 4, 5, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), nnx.state(model, nnx.Param))
+    state = random_like(optax.adafactor(1e-3, min_dim_size_to_factor=4).init({"one": params}))
+    holder = nnx.Dict(one=model)
+    with pytest.raises(CheckpointError, match=r"of one.kernel of shape .*; expected \(9, 4, 5\)"):
+        normalizers_from_optax(state, holder)
 
 
 @pytest.mark.parametrize("factor_at", [1, 6, 128])
