@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from jhessians.errors import ConfigError
 from jhessians.interop.layout import Layout
+from jhessians.methods.autocorrelation_options import AutocorrelationOptions
 from jhessians.options import check_all, option, options_of
 from jhessians.precision import HIGHEST, MATMUL_PRECISIONS
 
@@ -21,7 +22,6 @@ SOURCES = "what to run on"
 DATA = "data"
 NUMBERS = "numbers"
 STATISTICS = "statistics"
-AUTOCORRELATION = "statistics of --method autocorrelation"
 MACHINE = "machine"
 OUTPUT = "output"
 
@@ -55,14 +55,8 @@ METHODS = (
 
 
 @dataclass(frozen=True)
-class ComputeConfig:
-    """Everything a `compute` run depends on.
-
-    Values are checked on construction; `validate` checks how they go together.
-
-    Raises:
-        ConfigError: If a value has the wrong type, or lies outside its choices or range.
-    """
+class _StatisticsOptions:
+    """What is computed, of which model and data, by any method."""
 
     run_path: str
 
@@ -300,110 +294,10 @@ class ComputeConfig:
         bergson="index_cfg.moe_experts",
     )
 
-    projection_dim: int = option(
-        0,
-        "Project every module's gradient to a matrix of this many rows and columns, or all of "
-        "them, with the global target, to one vector of this length.",
-        group=AUTOCORRELATION,
-        metavar="P",
-        minimum=0,
-        default_text="0, no projection",
-        bergson="index_cfg.projection_dim",
-    )
-    projection_type: str = option(
-        "rademacher",
-        "Entries of the random projection: plus or minus 1, or normal.",
-        group=AUTOCORRELATION,
-        choices=("rademacher", "normal"),
-        bergson="index_cfg.projection_type",
-    )
-    projection_scale: str = option(
-        "jl",
-        "Divide the projection by the square root of its dimension, which keeps lengths (jl), or "
-        "make each of its rows a unit vector.",
-        group=AUTOCORRELATION,
-        choices=("jl", "row_norm"),
-        bergson="index_cfg.projection_scale",
-    )
-    projection_target: str = option(
-        "per_module",
-        "One Hessian per module, or one of the sum of the modules' projections.",
-        group=AUTOCORRELATION,
-        choices=("per_module", "global"),
-        bergson="index_cfg.projection_target",
-    )
-    projection_seed: int | None = option(
-        None,
-        "Seed of the projection; another seed gives other matrices.",
-        group=AUTOCORRELATION,
-        kind="integer",
-        metavar="N",
-        minimum=0,
-        default_text="none, as bergson's",
-        bergson="index_cfg.projection_seed",
-    )
-    reshape_to_square: bool = option(
-        False,
-        "Record this option of bergson's, which in 2.5.1 changes no number there, nor here.",
-        group=AUTOCORRELATION,
-        bergson="index_cfg.reshape_to_square",
-    )
-    attribute_tokens: bool = option(
-        False,
-        "Sum over the gradients of tokens instead of over those of documents.",
-        group=AUTOCORRELATION,
-        bergson="index_cfg.attribute_tokens",
-    )
-    split_attention_modules: tuple[str, ...] = option(
-        (),
-        "Modules to split into heads, each with a Hessian of its own: names or globs.",
-        group=AUTOCORRELATION,
-        metavar="GLOB",
-        default_text="none",
-        bergson="index_cfg.split_attention_modules",
-    )
-    num_heads: int = option(
-        0,
-        "Heads of the modules that are split.",
-        group=AUTOCORRELATION,
-        metavar="N",
-        unit="heads",
-        minimum=0,
-        bergson="index_cfg.attention.num_heads",
-    )
-    head_size: int = option(
-        0,
-        "Output features of a head.",
-        group=AUTOCORRELATION,
-        metavar="N",
-        unit="features",
-        minimum=0,
-        bergson="index_cfg.attention.head_size",
-    )
-    head_dim: int = option(
-        2,
-        "Axis of the heads in gradients of [document, position, feature]: 2 is the only one that "
-        "can be split.",
-        group=AUTOCORRELATION,
-        metavar="AXIS",
-        bergson="index_cfg.attention.head_dim",
-    )
-    normalizer: str = option(
-        "none",
-        "Divide gradients by root mean squares, dense (adam) or of rank one (adafactor), which a "
-        "first pass estimates from the data.",
-        group=AUTOCORRELATION,
-        choices=("none", "adam", "adafactor"),
-    )
-    optimizer_state: str | None = option(
-        None,
-        "Take the normalizers from a training run: torch's optimizer.pt, or an Orbax checkpoint "
-        "of an optax state.",
-        group=AUTOCORRELATION,
-        metavar="PATH",
-        default_text="none",
-        bergson="index_cfg.optimizer_state",
-    )
+
+@dataclass(frozen=True)
+class _MachineOptions:
+    """Where a run computes, and what it writes and prints."""
 
     token_batch_size: int = option(
         2048,
@@ -481,6 +375,18 @@ class ComputeConfig:
         group=OUTPUT,
         bergson="index_cfg.debug",
     )
+
+
+# A dataclass has its last base's fields first.
+@dataclass(frozen=True)
+class ComputeConfig(_MachineOptions, AutocorrelationOptions, _StatisticsOptions):
+    """Everything a `compute` run depends on.
+
+    Values are checked on construction; `validate` checks how they go together.
+
+    Raises:
+        ConfigError: If a value has the wrong type, or lies outside its choices or range.
+    """
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run_path", os.fspath(self.run_path))

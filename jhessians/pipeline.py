@@ -21,7 +21,7 @@ from jhessians.errors import CheckpointError, ConfigError
 from jhessians.interop.export import write_config
 from jhessians.interop.layout import DTYPES
 from jhessians.mesh import make_mesh, require_same, start_hosts, together
-from jhessians.methods import FITS
+from jhessians.methods.fits import FITS
 from jhessians.models.loss import NextTokenLoss
 from jhessians.options import matching
 from jhessians.precision import require_supported

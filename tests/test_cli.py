@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from jhessians.cli import main, parse_compute
-from jhessians.config import AUTOCORRELATION, ComputeConfig
+from jhessians.config import ComputeConfig
 from jhessians.errors import (
     CheckpointError,
     DatasetError,
@@ -21,6 +21,7 @@ from jhessians.errors import (
     OutputError,
 )
 from jhessians.interop.export import write_config
+from jhessians.methods.autocorrelation_options import AUTOCORRELATION
 from jhessians.options import options_of
 from jhessians.provenance import config_document
 from jhessians.report.summary import Summary

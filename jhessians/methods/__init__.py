@@ -1,14 +1,1 @@
-"""How each method fits and writes its Hessian: a function of the run. One kind, one file."""
-
-from collections.abc import Callable
-
-from jhessians.methods import autocorrelation, factored
-from jhessians.run import Run
-
-FITS: dict[str, Callable[[Run], None]] = {
-    "kfac": factored.fit_run,
-    "tkfac": factored.fit_run,
-    "shampoo": factored.fit_run,
-    "autocorrelation": autocorrelation.fit_run,
-}
-"""By the method's name in bergson."""
+"""How each method fits and writes its Hessian, and what options it has. One kind, one file."""

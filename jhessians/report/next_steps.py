@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from converters.flax_checkpoint import FORMAT_FILE
 from jhessians.config import ComputeConfig
 from jhessians.methods.autocorrelation_options import AUTOCORRELATION
 from jhessians.options import options_of
@@ -36,8 +37,8 @@ def next_steps(
     Returns:
         Both are empty with `--layout seed`, which bergson 2.5.1 does not read. The commands are
         empty with `--modules`, which bergson does not know: it would score the other modules
-        without a preconditioner, in silence. They are also empty where bergson could not make the
-        gradients that a dense Hessian belongs to.
+        without a preconditioner, in silence. They are also empty for a Flax checkpoint, and where
+        bergson could not make the gradients that a dense Hessian belongs to.
     """
     if config.layout == "seed":
         return "", ""
@@ -47,7 +48,8 @@ def next_steps(
         shell, python = _of_factors(config, run, data, shards)
     else:
         shell, python = _of_processor(config, run, data)
-    return "" if config.modules else shell, python
+    unknown = config.modules or (Path(model) / FORMAT_FILE).is_file()
+    return "" if unknown else shell, python
 
 
 def _of_factors(config: ComputeConfig, run: Flags, data: Flags, shards: int) -> tuple[str, str]:
