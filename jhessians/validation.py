@@ -10,7 +10,6 @@ from pathlib import Path
 from jhessians.config import METHODS, ComputeConfig
 from jhessians.errors import ConfigError
 from jhessians.methods.autocorrelation_options import AUTOCORRELATION
-from jhessians.methods.autocorrelation_options import AUTOCORRELATION
 from jhessians.options import Option, options_of
 from jhessians.precision import HIGHEST
 
