@@ -53,6 +53,7 @@ def to_bergson_dict(
         # bergson writes "the model's own" as an empty name.
         "tokenizer": config.tokenizer or "",
         "optimizer_state": config.optimizer_state or "",
+        "moe_experts": config.moe_experts or "",
         # Its own default, which only heads that are split would mind.
         "head_dim": config.head_dim if config.split_attention_modules else 0,
         "use_dataset_labels": config.takes_dataset_labels,

@@ -292,6 +292,7 @@ def test_bergson_reads_our_config(tmp_path):
         loss_fn="log_odds",
         label_smoothing=0.1,
         filter_modules="*.gate_proj,*.k_proj",
+        moe_experts="model.layers.*.mlp.experts",
         modules=["layers.*.mlp.*", "*.q_proj"],
     )
     expected.distributed.nproc_per_node = 3
