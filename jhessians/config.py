@@ -62,8 +62,8 @@ class _StatisticsOptions:
 
     model: str | None = option(
         None,
-        "Hugging Face Hub name or local folder of the checkpoint, or of a LoRA adapter, whose own "
-        "linears are then recorded.",
+        "Hugging Face Hub name or local folder of the checkpoint, a folder that jhessians convert "
+        "wrote, or a LoRA adapter, whose own linears are then recorded.",
         group=SOURCES,
         metavar="NAME",
         default_text="the embedded demo",
@@ -327,6 +327,17 @@ class _MachineOptions:
         bergson="index_cfg.fsdp",
     )
 
+    module_partitions: int = option(
+        1,
+        "Fit the modules in so many groups, one after the other, each with passes of its own: "
+        "fewer factors are in memory at a time. auto: as few groups as memory needs.",
+        group=MACHINE,
+        metavar="N",
+        minimum=0,
+        words={"auto": 0},
+        default_text="1, all at once",
+        bergson="hessian_cfg.module_partitions",
+    )
     num_shards: int | None = option(
         None,
         "Files per factor on disk; bergson reads shards in as many processes.",

@@ -14,6 +14,7 @@ from jhessians.stages import Eigenbases, Matrix, PositionCounts
 from jhessians.tape import Site, Statistics
 
 Kinds = dict[str, dict[str, TensorSource]]
+KindShapes = dict[str, dict[str, tuple[int, ...]]]
 
 
 def covariance_sources(sites: Mapping[str, Site], statistics: Statistics) -> Kinds:
@@ -72,6 +73,20 @@ def correction_sources(sites: Mapping[str, Site], squares: Statistics, documents
         rows = ArraySource(squares[site.name], index=index, shape=shape)
         tensors[module] = ScaledSource(rows, 1 / documents)
     return {"eigenvalue_correction": tensors}
+
+
+def kind_shapes(sites: Mapping[str, Site]) -> KindShapes:
+    """The shape of every module's tensor of each kind."""
+    shapes: KindShapes = {}
+    for module, site, _ in _modules(sites):
+        o, i = site.out_features, site.inputs
+        for side, d in (("activation", i), ("gradient", o)):
+            shapes.setdefault(f"{side}_covariance", {})[module] = (d, d)
+            shapes.setdefault(f"{side}_eigenvectors", {})[module] = (d, d)
+            shapes.setdefault(f"{side}_eigenvalues", {})[module] = (d,)
+        for kind in ("eigenvalue", "eigenvalue_correction"):
+            shapes.setdefault(kind, {})[module] = (o, i)
+    return shapes
 
 
 def _modules(sites: Mapping[str, Site]) -> Iterator[tuple[str, Site, int | None]]:

@@ -43,6 +43,7 @@ class Option:
         minimum: Smallest number allowed.
         maximum: Largest number allowed.
         default_text: The default in words, where the value alone says too little.
+        words: Words that stand for numbers.
         bergson: Dotted place in bergson's config.yaml, empty if the option is ours alone.
     """
 
@@ -57,6 +58,7 @@ class Option:
     minimum: float | None = None
     maximum: float | None = None
     default_text: str = ""
+    words: Mapping[str, int] = field(default_factory=dict)
     bergson: str = ""
 
     @property
@@ -124,6 +126,7 @@ def check(option: Option, value: Any) -> Any:
         if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
             raise ConfigError(f"--{option.name} takes a list of names, got {value!r}")
         return tuple(part for word in words for part in word.replace(",", " ").split())
+    value = option.words.get(value, value) if isinstance(value, str) else value
     expected, words = _TYPES[option.kind]
     # A bool is an int to Python, yet `seed: true` is a slip.
     if not isinstance(value, expected) or (option.kind != "flag" and isinstance(value, bool)):

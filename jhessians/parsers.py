@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from textwrap import wrap
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jhessians.config import ComputeConfig
 from jhessians.errors import ConfigError
@@ -174,8 +174,23 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
         metavar = option.metavar or "{" + ",".join(option.choices) + "}"
         group.add_argument(flag, metavar=metavar, help=text)
     else:
-        number = {"integer": int, "number": float}.get(option.kind, str)
+        number: Callable[[str], Any] = {"integer": int, "number": float}.get(option.kind, str)
+        if option.words:  # the config knows them
+            number = _number_or_word(option)
         group.add_argument(flag, type=number, metavar=option.metavar or "VALUE", help=text)
+
+
+def _number_or_word(option: Option) -> Callable[[str], Any]:
+    def read(word: str) -> Any:
+        if word in option.words:
+            return word
+        try:
+            return int(word)
+        except ValueError:
+            known = " or ".join(option.words)
+            raise argparse.ArgumentTypeError(f"{word!r} is no number, nor {known}") from None
+
+    return read
 
 
 def _flag_word(word: str) -> bool:

@@ -24,12 +24,13 @@ from jhessians.mesh import make_mesh, require_same, start_hosts, together
 from jhessians.methods.fits import FITS
 from jhessians.models.loss import NextTokenLoss
 from jhessians.options import matching
+from jhessians.partitions import AUTOMATIC, needed_partitions
 from jhessians.precision import require_supported
 from jhessians.progress import Progress
 from jhessians.provenance import config_document
 from jhessians.report.next_steps import next_steps
 from jhessians.report.summary import Summary, measure_trees
-from jhessians.run import Run
+from jhessians.run import Run, sum_dtype
 from jhessians.rundir import RunDirectory
 from jhessians.selection import select_sites
 from jhessians.stages import Problem
@@ -167,6 +168,9 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
     split = matching("split_attention_modules", config.split_attention_modules, names)
     # As names: bergson takes no globs here.
     config = replace(config, split_attention_modules=tuple(split))
+    if config.module_partitions == AUTOMATIC:
+        count = needed_partitions(sites, sum_dtype(config).itemsize, mesh.size)
+        config = replace(config, module_partitions=count)
     problem = Problem(
         loss, model, sites,
         mesh=spread, draws=config.mc_samples, matmul_precision=config.matmul_precision,

@@ -54,9 +54,14 @@ class Run:
 
     @property
     def dtype(self) -> np.dtype:
-        """In which to sum: wide enough, even where results are stored in 16 bits."""
-        return np.promote_types(np.float32, DTYPES[self.config.hessian_dtype][1])
+        """In which to sum."""
+        return sum_dtype(self.config)
 
     def positions_in(self, batch: Batch) -> int:
         """Positions that count in a batch of all hosts, estimated from this host's rows."""
         return int(batch.position_mask.sum()) * self.problem.hosts
+
+
+def sum_dtype(config: ComputeConfig) -> np.dtype:
+    """Wide enough, even where results are stored in 16 bits."""
+    return np.promote_types(np.float32, DTYPES[config.hessian_dtype][1])

@@ -60,6 +60,9 @@ def write_kind(
     dtype: str,
     n_docs: int,
     total_processed: int,
+    among: Mapping[str, tuple[int, ...]] | None = None,
+    fresh: bool = True,
+    last: bool = True,
 ) -> None:
     """Write one kind of factor, where each tree of `layout` wants it.
 
@@ -71,6 +74,8 @@ def write_kind(
         shards, dtype: See `write_sharded`.
         n_docs: Documents in the data set, short ones included.
         total_processed: Masked positions over the data set; the seed's divisor.
+        among, fresh: See `write_sharded`, for a kind that several calls write.
+        last: Whether this is the last of those.
 
     Raises:
         ValueError: If `kind` is unknown or a count is not positive.
@@ -80,19 +85,21 @@ def write_kind(
         raise ValueError(f"counts must be positive: {n_docs=}, {total_processed=}")
     written = kind_folder(root, kind, "bergson") if layout != "seed" else None
     if written is not None:
-        replicated = KINDS[kind].replicated
-        write_sharded(written, tensors, shards=shards, dtype=dtype, replicated=replicated)
+        write_sharded(
+            written, tensors,
+            shards=shards, dtype=dtype, replicated=KINDS[kind].replicated, among=among, fresh=fresh,
+        )  # fmt: skip
     seed = kind_folder(root, kind, "seed") if layout != "bergson" else None
     if seed is None:
         return
     if KINDS[kind].seed_per_position:
         scale = n_docs / total_processed
         scaled = {name: ScaledSource(source, scale) for name, source in tensors.items()}
-        write_sharded(seed, scaled, shards=shards, dtype=dtype)
-    elif written is not None:
+        write_sharded(seed, scaled, shards=shards, dtype=dtype, among=among, fresh=fresh)
+    elif written is None:
+        write_sharded(seed, tensors, shards=shards, dtype=dtype, among=among, fresh=fresh)
+    elif last:
         link_or_copy(written, seed)
-    else:
-        write_sharded(seed, tensors, shards=shards, dtype=dtype)
 
 
 def write_totals(

@@ -44,6 +44,8 @@ def write_sharded(
     dtype: str,
     replicated: bool = False,
     block_bytes: int = BLOCK_BYTES,
+    among: Mapping[str, tuple[int, ...]] | None = None,
+    fresh: bool = True,
 ) -> None:
     """Write `shard_{r}.safetensors` for every r, each with its rows of every tensor.
 
@@ -56,6 +58,8 @@ def write_sharded(
         dtype: "fp64", "fp32", "fp16" or "bf16".
         replicated: Put every tensor whole into every shard.
         block_bytes: Most bytes, as float32, to fetch at a time; at least one row is.
+        among: The shapes of all tensors of the files, if this call writes only some of them.
+        fresh: Whether it is the first such call, which makes the files.
 
     Raises:
         NumericsError: If a value is NaN or infinite, or overflows `dtype`.
@@ -65,23 +69,23 @@ def write_sharded(
     if dtype not in DTYPES or shards < 1:
         raise ValueError(f"cannot write {shards} shards of {dtype!r}; known: {', '.join(DTYPES)}")
     name, target = DTYPES[dtype]
+    shapes = among or {module: source.shape for module, source in tensors.items()}
     ranges = [
         {
-            module: (0, source.shape[0])
-            if replicated
-            else shard_bounds(source.shape[0], shards, shard)
-            for module, source in tensors.items()
+            module: (0, shape[0]) if replicated else shard_bounds(shape[0], shards, shard)
+            for module, shape in shapes.items()
         }
         for shard in range(shards)
     ]
-    headers = [_header(tensors, each, name, target.itemsize) for each in ranges]
+    headers = [_Header(shapes, each, name, target.itemsize) for each in ranges]
     paths = [folder / shard_name(shard) for shard in range(shards)]
     blocks = _blocks(folder.name, tensors, ranges, target, block_bytes)
     failure: OSError | None = None
     if jax.process_index() == 0:
         try:
-            _make_empty(folder)
-            _write_files(paths, headers, blocks)
+            if fresh:
+                _make_empty(folder)
+            _write_files(paths, headers, blocks, fresh=fresh)
         except OSError as error:
             failure = error
     if jax.process_count() > 1:
@@ -132,8 +136,8 @@ def _blocks(
     ranges: Sequence[Ranges],
     target: np.dtype,
     block_bytes: int,
-) -> Iterator[tuple[int, Shaped[np.ndarray, "..."]]]:
-    """Shard and rows, module by module, checked and in the dtype they are stored in.
+) -> Iterator[tuple[int, str, Shaped[np.ndarray, "..."]]]:
+    """Shard, module and rows, module by module, checked and in the dtype they are stored in.
 
     Modules come first, so that a source which must build its tensor whole does so once.
     """
@@ -143,7 +147,7 @@ def _blocks(
             start, stop = each[module]
             for first in range(start, stop, step):
                 block = source.rows(first, min(first + step, stop))
-                yield shard, _converted(block, target, f"{module} in {folder}")
+                yield shard, module, _converted(block, target, f"{module} in {folder}")
 
 
 def _converted(block: np.ndarray, target: np.dtype, where: str) -> np.ndarray:
@@ -162,36 +166,58 @@ def _converted(block: np.ndarray, target: np.dtype, where: str) -> np.ndarray:
     return cast
 
 
-def _header(
-    tensors: Mapping[str, TensorSource], ranges: Ranges, dtype: str, itemsize: int
-) -> bytes:
-    """safetensors' header for one shard, padded so that the tensors start aligned."""
-    entries = {}
-    offset = 0
-    for module, source in tensors.items():
-        start, stop = ranges[module]
-        shape = [stop - start, *source.shape[1:]]
-        end = offset + math.prod(shape) * itemsize
-        entries[module] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+class _Header:
+    """safetensors' header of one shard, padded so that the tensors start aligned.
+
+    Attributes:
+        text: The bytes, length included.
+        start: Of every tensor, in bytes from the file's beginning.
+        size: Of the whole file, in bytes.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], ranges: Ranges, dtype: str, itemsize: int
+    ):
+        entries = {}
+        offsets = {}
+        offset = 0
+        for module, whole in shapes.items():
+            start, stop = ranges[module]
+            shape = [stop - start, *whole[1:]]
+            offsets[module] = offset
+            end = offset + math.prod(shape) * itemsize
+            entries[module] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.text = len(text).to_bytes(8, "little") + text
+        self.start = {module: len(self.text) + offset for module, offset in offsets.items()}
+        self.size = len(self.text) + offset
 
 
 def _write_files(
     paths: Sequence[Path],
-    headers: Sequence[bytes],
-    blocks: Iterable[tuple[int, Shaped[np.ndarray, "..."]]],
+    headers: Sequence[_Header],
+    blocks: Iterable[tuple[int, str, Shaped[np.ndarray, "..."]]],
+    *,
+    fresh: bool,
 ) -> None:
     """Grow all shards side by side; on any failure none of them stays."""
     try:
         with ExitStack() as stack:
             # New files, never open old ones: those may be hard-linked elsewhere.
-            files = [stack.enter_context(open(path, "xb")) for path in paths]
-            for file, header in zip(files, headers, strict=True):
-                file.write(header)
-            for shard, block in blocks:
+            mode = "xb" if fresh else "r+b"
+            files = [stack.enter_context(open(path, mode)) for path in paths]
+            if fresh:
+                for file, header in zip(files, headers, strict=True):
+                    file.write(header.text)
+                    file.truncate(header.size)
+            current: str | None = None
+            for shard, module, block in blocks:
+                if module != current:
+                    for file, header in zip(files, headers, strict=True):
+                        file.seek(header.start[module])
+                    current = module
                 files[shard].write(block.reshape(-1).view(np.uint8).data)
     except BaseException:
         for path in paths:

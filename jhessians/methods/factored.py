@@ -4,16 +4,18 @@ Summing differs from method to method and is a fold's business; the rest is the 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from jhessians.config import ComputeConfig
-from jhessians.factors import Kinds
+from jhessians.factors import Kinds, KindShapes, kind_shapes
 from jhessians.fitting import fit_stages
 from jhessians.folds.covariance import Covariance, FactorFold
 from jhessians.folds.shampoo import Shampoo
 from jhessians.folds.tkfac import TraceCovariance
 from jhessians.interop.export import write_kind, write_totals
+from jhessians.partitions import partition
 from jhessians.run import Run
 
 FACTOR_FOLDS: dict[str, Callable[[ComputeConfig, np.dtype], FactorFold]] = {
@@ -29,20 +31,27 @@ def fit_run(run: Run) -> None:
     Raises:
         NumericsError: If a loss or a covariance isn't finite.
         OutputError: If the disk is full, read-only or not ours.
+        ConfigError: If there are fewer modules than partitions.
     """
     config = run.config
-    stages = fit_stages(
-        run.problem,
-        run.batches,
-        positions=run.documents.positions,
-        documents=len(run.documents),
-        method=FACTOR_FOLDS[config.bergson_method](config, run.dtype),
-        correct_eigenvalues=config.corrects_eigenvalues,
-        dtype=run.dtype,
-        progress=run.progress,
-    )
-    for kinds in stages:
-        _export(run, kinds)
+    groups = partition(run.problem.sites, config.module_partitions)
+    shapes = kind_shapes(run.problem.sites)
+    for number, sites in enumerate(groups, start=1):
+        if len(groups) > 1:
+            modules = sum(len(site.slots) for site in sites.values())
+            run.progress.note(f"Partition {number} of {len(groups)}: {modules} modules")
+        stages = fit_stages(
+            replace(run.problem, sites=sites),
+            run.batches,
+            positions=run.documents.positions,
+            documents=len(run.documents),
+            method=FACTOR_FOLDS[config.bergson_method](config, run.dtype),
+            correct_eigenvalues=config.corrects_eigenvalues,
+            dtype=run.dtype,
+            progress=run.progress,
+        )
+        for kinds in stages:
+            _export(run, kinds, shapes, fresh=number == 1, last=number == len(groups))
     write_totals(
         run.part,
         layout=config.layout,
@@ -52,7 +61,7 @@ def fit_run(run: Run) -> None:
     )
 
 
-def _export(run: Run, kinds: Kinds) -> None:
+def _export(run: Run, kinds: Kinds, shapes: KindShapes, *, fresh: bool, last: bool) -> None:
     total = sum(len(tensors) for tensors in kinds.values())
     with run.progress.stage("Export", total, "tensors") as stage:
         for kind, tensors in kinds.items():
@@ -65,5 +74,8 @@ def _export(run: Run, kinds: Kinds) -> None:
                 dtype=run.config.hessian_dtype,
                 n_docs=len(run.documents),
                 total_processed=run.documents.positions,
+                among=shapes[kind],
+                fresh=fresh,
+                last=last,
             )
             stage.advance(len(tensors))
