@@ -28,11 +28,22 @@ def select_sites(
     Raises:
         ConfigError: If a pattern matches nothing, or nothing is left.
     """
+    everything = _names(sites)
     sites = _with_experts(sites, _patterns(config.moe_experts), base_prefix, note)
-    names = [name for site in sites.values() for name in site.module_names()]
+    names = _names(sites)
     leave_out = _patterns(config.filter_modules)
-    matching("modules", config.modules, names)
-    matching("filter_modules", leave_out, names)
+    for flag, patterns in (("modules", config.modules), ("filter_modules", leave_out)):
+        for pattern in patterns:
+            if _any(everything, pattern) and not _any(names, pattern):
+                remedy = (
+                    f"--moe_experts {config.moe_experts!r} leaves out; widen it"
+                    if config.moe_experts
+                    else "are left out; add --moe_experts"
+                )
+                raise ConfigError(
+                    f"--{flag} {pattern!r} matches only linears of experts that {remedy}"
+                )
+        matching(flag, patterns, names)
 
     def wanted(name: str) -> bool:
         taken = not config.modules or any(fnmatchcase(name, p) for p in config.modules)
@@ -68,6 +79,14 @@ def _with_experts(
         glob = ".".join("*" if part.isdigit() else part for part in known[0].split("."))
         note(f"{len(layers)} linears of experts are left out; --moe_experts '{glob}' takes them in")
     return restrict(sites, lambda name: name not in layers or layers[name] in chosen)
+
+
+def _names(sites: Mapping[str, Site]) -> list[str]:
+    return [name for site in sites.values() for name in site.module_names()]
+
+
+def _any(names: list[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
 
 
 def _patterns(text: str | None) -> list[str]:

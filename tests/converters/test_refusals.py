@@ -235,6 +235,14 @@ OTHERS = {
     "bloom's residual": ("bloom", {"apply_residual_connection_post_layernorm": True},
         ["apply_residual"]),
     "gptj's rotation": ("gptj", {"rotary_dim": 0}, ["rotary_dim 0 of 8"]),
+    "layers without experts": ("qwen3_moe", {"decoder_sparse_step": 2},
+        ["decoder_sparse_step to 2"]),
+    "a layer without experts": ("qwen2_moe", {"mlp_only_layers": [0]}, ["mlp_only_layers to [0]"]),
+    "more experts than there are": ("mixtral", {"num_experts_per_tok": 5}, ["5 of 4 experts"]),
+    "no expert": ("olmoe", {"num_experts_per_tok": 0}, ["0 of 8 experts", "1 to 8"]),
+    "quantised experts": ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.mlp.router"]}}, ["quantised", "mxfp4"]),
+    "experts' activation": ("granitemoe", {"hidden_act": "mish"}, ["'mish'"]),
     "smollm3's rope": ("smollm3", {"no_rope_layers": [1]}, ["no_rope_layers", "2"]),
 }  # fmt: skip
 

@@ -17,7 +17,10 @@ Document = tuple[np.ndarray, np.ndarray]
 
 def load(model_dir: str | Path, *, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
     """The checkpoint's causal language model in `dtype`, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(Path(model_dir), dtype=dtype).eval()
+    # Experts in a loop: grouped products know no float64.
+    return AutoModelForCausalLM.from_pretrained(
+        Path(model_dir), dtype=dtype, experts_implementation="eager"
+    ).eval()
 
 
 def linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
