@@ -261,15 +261,16 @@ def _largest_read(stored: Any, wanted: jax.ShapeDtypeStruct) -> int:
 @contextmanager
 def _one_line(folder: Path) -> Iterator[None]:
     """Say in one line what Orbax and TensorStore come up with over a damaged file."""
-    try:
-        with _quietly():
+    with _quietly():
+        try:
             yield
-    except Exception as error:
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+            return
+        except Exception as error:
+            cause = error.__cause__ or error
+            reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise CheckpointError(
             f"{folder} can't be read as a Flax checkpoint: {reason}; convert or copy it again"
-        ) from None
+        )
 
 
 @contextmanager
@@ -277,13 +278,24 @@ def _quietly() -> Iterator[None]:
     """Keep back what Orbax prints of an error that it raises, too.
 
     It logs it with a traceback from each of its threads, and its unfinished reads and writes
-    complain when they come back.
+    complain when they come back, be it after the error: that is kept back from then on.
     """
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    before = logger.disabled
-    logger.disabled, sys.unraisablehook = True, lambda _: None
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before, hook = [each.disabled for each in loggers], sys.unraisablehook
+
+    def pass_on(what: Any) -> None:
+        code = getattr(what.object, "cr_code", None)
+        orbax = code is not None and "orbax" in code.co_filename
+        if not orbax and str(what.exc_value) != "Event loop is closed":
+            hook(what)
+
+    sys.unraisablehook = pass_on
+    for each in loggers:
+        each.disabled = True
     try:
         yield
+        sys.unraisablehook = hook
     finally:
         gc.collect()
-        logger.disabled, sys.unraisablehook = before, hook
+        for each, disabled in zip(loggers, before, strict=True):
+            each.disabled = disabled
