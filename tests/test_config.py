@@ -44,6 +44,7 @@ CHANGED = ComputeConfig(
     filter_modules="*.gate_proj,*.k_proj",
     moe_experts="model.layers.*.mlp.experts",
     token_batch_size=512,
+    module_partitions=2,
     world_size=4,
     fsdp=True,
     num_shards=3,
@@ -274,8 +275,9 @@ def test_bergson_reads_our_config(tmp_path):
     hessian = load_subconfig(tmp_path, "hessian_cfg", HessianConfig)
     index = load_subconfig(tmp_path, "index_cfg", IndexConfig)
     assert hessian == HessianConfig(
-        method="tkfac", ev_correction=True, hessian_dtype="fp64", use_dataset_labels=True
-    )
+        method="tkfac", ev_correction=True, hessian_dtype="fp64", use_dataset_labels=True,
+        module_partitions=2,
+    )  # fmt: skip
     expected = IndexConfig(
         run_path="runs/x",
         overwrite=True,
