@@ -37,7 +37,7 @@ class Routing(NamedTuple):
     @property
     def sizes(self) -> Int[Array, " e"]:
         """Every expert's rows."""
-        return self.counts.sum(1)
+        return self.counts.sum(1, dtype=jnp.int32)
 
 
 def route(choices: Int[Array, "n s k"], experts: int) -> Routing:
@@ -54,7 +54,7 @@ def route(choices: Int[Array, "n s k"], experts: int) -> Routing:
     return Routing(
         order.astype(jnp.int32),
         jnp.argsort(order).astype(jnp.int32).reshape(n * s, k),
-        chosen.sum(1).T,
+        chosen.sum(1, dtype=jnp.int32).T,
     )
 
 
@@ -111,7 +111,7 @@ def grouped_product(
         return lax.fori_loop(0, -(-count // size), block, y), None
 
     y = jnp.zeros((rows + size, kernels.shape[-1]), x.dtype)
-    return lax.scan(group, y, (kernels, jnp.cumsum(sizes) - sizes, sizes))[0][:rows]
+    return lax.scan(group, y, (kernels, _starts(sizes), sizes))[0][:rows]
 
 
 def _product_forward(x, kernels, sizes):
@@ -137,11 +137,16 @@ def _product_backward(residuals, g):
         return None, lax.fori_loop(0, -(-count // size), block, zeros)
 
     # Never computed where the weights are constants, as in all of our passes.
-    _, kernel_gradients = lax.scan(group, None, (jnp.cumsum(sizes) - sizes, sizes))
+    _, kernel_gradients = lax.scan(group, None, (_starts(sizes), sizes))
     return grouped_product(g, kernels.swapaxes(-1, -2), sizes), kernel_gradients, None
 
 
 grouped_product.defvjp(_product_forward, _product_backward)
+
+
+def _starts(sizes: Int[Array, " e"]) -> Int[Array, " e"]:
+    """Where each group's rows begin. (JAX would widen sums where it has 64 bits.)"""
+    return jnp.cumsum(sizes, dtype=sizes.dtype) - sizes
 
 
 def _block_rows(rows: int, groups: int) -> int:
@@ -171,7 +176,7 @@ def over_grid(
     """
     experts, documents = routing.counts.shape
     sizes = routing.counts.reshape(-1)
-    first = (jnp.cumsum(sizes) - sizes).reshape(experts, documents)[expert]
+    first = _starts(sizes).reshape(experts, documents)[expert]
     count = routing.counts[expert]
 
     mean = len(routing.choice) // (experts * documents)
