@@ -27,7 +27,7 @@ def fill(create: Callable[[], nnx.Module], seed: int = 0) -> nnx.Module:
     def draw(path, leaf):
         names = jax.tree_util.keystr(path)
         values = random.standard_normal(leaf.shape)
-        if "kernel" in names:
+        if "kernel" in names or ("router" in names and "bias" not in names):
             values *= leaf.shape[-2] ** -0.5
         elif "scale" in names:
             values = 1 + 0.1 * values
