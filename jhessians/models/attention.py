@@ -4,6 +4,7 @@ h: [document, position, hidden]. Documents are padded on the right, where a caus
 keeps padding from reaching any real position.
 """
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -12,27 +13,32 @@ from flax import nnx
 
 from jhessians.models.alibi import biases
 from jhessians.models.config import AttentionConfig, DecoderConfig
-from jhessians.models.layers import Linear, at_least_float32
+from jhessians.models.layers import Linear
 from jhessians.models.norms import Norm
 from jhessians.models.rope import rotate, rotations
+from jhessians.models.softmax import Terms, causal_attention
 from jhessians.typing import Array, DTypeLike, Float, Int
 
 EVERYTHING = 2**30
 """A window that no document is longer than."""
 
 
-class Positions(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Positions:
     """What all layers share of where tokens stand; None where the architecture has none.
 
     Attributes:
         cosine: Of the angles, [rope, document or 1, position, pair]; the last rope rotates nothing.
         sine: Likewise.
         bias: On attention logits, [head, key's position].
+        backward_only: See `causal_attention`.
     """
 
     cosine: Float[Array, "p m s r"] | None
     sine: Float[Array, "p m s r"] | None
     bias: Float[Array, "h s"] | None
+    backward_only: bool = field(default=False, metadata={"static": True})
 
 
 class Layer(NamedTuple):
@@ -50,13 +56,18 @@ class Layer(NamedTuple):
 
 
 def positions(
-    config: AttentionConfig, lengths: Int[Array, " n"], size: int, dtype: DTypeLike
+    config: AttentionConfig,
+    lengths: Int[Array, " n"],
+    size: int,
+    dtype: DTypeLike,
+    *,
+    backward_only: bool = False,
 ) -> Positions:
     """Angles and biases of a batch of documents that are padded to `size` positions."""
     c = config
     cosine, sine = rotations(c.ropes, lengths, size) if c.ropes else (None, None)
     bias = biases(c.alibi, c.heads, size, dtype) if c.alibi else None
-    return Positions(cosine, sine, bias)
+    return Positions(cosine, sine, bias, backward_only)
 
 
 def each_layer(config: AttentionConfig, layers: int) -> Layer:
@@ -117,6 +128,7 @@ class Attention(nnx.Module):
             query, key, value, layer.scale, layer.window,
             bias=positions.bias, softcap=c.softcap,
             sinks=None if self.sinks is None else self.sinks[...],
+            backward_only=positions.backward_only,
         )  # fmt: skip
         return self.output(mixed.reshape(*h.shape[:2], -1))
 
@@ -166,6 +178,7 @@ def attend(
     bias: Float[Array, "h s"] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " h"] | None = None,
+    backward_only: bool = False,
 ) -> Float[Array, "n s h d"]:
     """Causal softmax(scale · query keyᵀ + bias) value; the softmax at least in float32.
 
@@ -176,22 +189,21 @@ def attend(
         bias: Added to the logits.
         softcap: c in c · tanh(logit / c), before bias and mask.
         sinks: A logit of each head that every query sees, and whose value is nothing.
+        backward_only: See `causal_attention`.
     """
     n, s, heads, d = query.shape
     groups = key.shape[2]
-    wide = at_least_float32(query.dtype)
-    query = query.reshape(n, s, groups, heads // groups, d)
-    logits = jnp.einsum("nsgqd,ntgd->ngqst", query, key).astype(wide) * scale.astype(wide)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    if bias is not None:
-        logits = logits + bias.astype(wide).reshape(1, groups, heads // groups, 1, s)
-    back = jnp.arange(s, dtype=jnp.int32)[:, None] - jnp.arange(s, dtype=jnp.int32)[None, :]
-    seen = (back >= 0) & (back < window)
-    logits = jnp.where(seen[None, None, None], logits, jnp.finfo(wide).min)
-    if sinks is not None:
-        sink = sinks.astype(wide).reshape(1, groups, heads // groups, 1, 1)
-        logits = jnp.concatenate([logits, jnp.broadcast_to(sink, (*logits.shape[:-1], 1))], -1)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    weights = weights if sinks is None else weights[..., :s]
-    return jnp.einsum("ngqst,ntgd->nsgqd", weights, value).reshape(n, s, heads, d)
+
+    def by_group(x: Array) -> Array:
+        return x.reshape(groups, heads // groups, *x.shape[1:])
+
+    terms = Terms(
+        scale,
+        window,
+        None if bias is None else by_group(bias),
+        None if sinks is None else by_group(sinks),
+    )
+    query = query.reshape(n, s, groups, heads // groups, d).transpose(0, 2, 3, 1, 4)
+    key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))
+    mixed = causal_attention(query, key, value, terms, softcap=softcap, backward_only=backward_only)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(n, s, heads, d)

@@ -114,7 +114,9 @@ class Decoder(nnx.Module):
         h = apply(self.embedding_norm, h)
         if lengths is None:
             lengths = jnp.full((n,), s, jnp.int32)
-        where = positions(c.attention, lengths, s, h.dtype)
+        # A tape wants gradients alone; without one, any derivative may be wanted.
+        recorded = getattr(self.layers, "tape", None) is not None
+        where = positions(c.attention, lengths, s, h.dtype, backward_only=recorded)
         h = self.layers(h, where, each_layer=tuple(each_layer(c.attention, c.layers)))
         h = apply(self.final_norm, h)
         return h if self.output_projection is None else self.output_projection(h)
