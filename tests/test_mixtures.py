@@ -90,9 +90,8 @@ DENSE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "global" else pytest.mark.slow) for n in DENSE]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DENSE)
 def test_autocorrelations(mixtral, tmp_path, name, record_property):
     options = dict(DENSE[name])
     ours(tmp_path / "run", mixtral, method="autocorrelation", **options)
@@ -140,6 +139,7 @@ def test_estimated_normalizers(mixtral, tmp_path, kind, record_property):
             assert relative_error(mine, expected) < FACTORS, (name, side)
 
 
+@pytest.mark.slow
 def test_positions_are_counted_exactly_with_several_draws(mixtral, tmp_path):
     """Every draw counts a third, and sums are over the same positions."""
     one, three = (
@@ -169,6 +169,7 @@ def test_positions_are_counted_exactly_with_several_draws(mixtral, tmp_path):
         assert total == pytest.approx(2 * positions, rel=1e-4)  # two experts for each token
 
 
+@pytest.mark.slow
 def test_float64(mixtral, tmp_path, record_property):
     left_out = "*self_attn*,layers.0.*"
     options = {
@@ -246,6 +247,16 @@ def test_a_torch_optimizer_of_fused_experts_is_refused(mixtral, tmp_path):
             )  # fmt: skip
         assert "\n" not in str(e.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["optimizer.pt"]
+
+
+@pytest.mark.slow
+def test_in_two_groups_of_modules(mixtral, ekfac, tmp_path):
+    summary = ours(tmp_path / "run", mixtral, module_partitions=2, profile=True)
+    assert summary.modules == ekfac[1].modules == 2 * (4 + 2 * 4)
+    one, two = bergson.read(ekfac[0]), bergson.read(tmp_path / "run")
+    for folder in set(one) - {"total_processed"}:
+        for name, value in one[folder].items():
+            np.testing.assert_array_equal(two[folder][name], value, err_msg=f"{folder} {name}")
 
 
 @pytest.mark.slow
