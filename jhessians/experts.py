@@ -128,7 +128,7 @@ def _product_backward(residuals, g):
 
         def block(k: Array, total: Array) -> Array:
             start = first + k * size
-            here = (k * size + jnp.arange(size) < count)[:, None]
+            here = (k * size + jnp.arange(size, dtype=count.dtype) < count)[:, None]
             block_x = lax.dynamic_slice_in_dim(padded_x, start, size)
             block_g = lax.dynamic_slice_in_dim(padded_g, start, size)
             return total + jnp.where(here, block_x, 0).T @ block_g
