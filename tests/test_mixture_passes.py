@@ -109,7 +109,8 @@ def test_the_unit_is_the_documents_rows_for_an_expert(model, data):
     compare(fit(model, data, batches, method=Shampoo(), devices=8), whole)
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
 def test_some_experts_give_the_numbers_that_all_give(reference, model, data, devices):
     def chosen(name):
         return ".mlp." in name and (name.endswith(".3") or name == "layers.0.mlp.down.1")
@@ -262,6 +263,7 @@ def test_routing_compiles_nothing_again(monkeypatch):
         assert (counts @ [256, 1]).sum() == 4 * (9 + 5 + 9 - 3)
 
 
+@pytest.mark.slow
 def test_counts_beyond_one_digit():
     """More positions than 256, and draws that count a third each."""
     mixture = ExpertsConfig(2, 1, MLPConfig(8, "silu", "fused"))
