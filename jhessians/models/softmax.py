@@ -2,8 +2,8 @@
 
 A block meets only the keys that are not after it, and the weights [query, key] exist for one block.
 For the backward pass the output and each row's normalizer are kept; the weights are computed again
-(Dao et al. 2022, arXiv:2205.14135). On two CPU cores an EKFAC pass of 256-token documents gains a
-sixth of its time over the plain formula.
+(Dao et al. 2022, arXiv:2205.14135). On two CPU cores a pass over documents of 256 tokens takes 0.88
+of the time that it takes with the plain formula.
 
 query: [document, group, head of the group, position, feature]. key, value: [document, group,
 position, feature].
@@ -20,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jhessians.models.layers import PRODUCT, at_least_float32
 from jhessians.typing import Array, Float, Int
 
-MOST_BLOCKS = 4
-SMALLEST_BLOCK = 64
+MOST_BLOCKS = 8
+SMALLEST_BLOCK = 128  # queries; 64 were no faster, and took longer to compile
 
 
 class Terms(NamedTuple):
