@@ -85,7 +85,7 @@ def write_sharded(
         try:
             if fresh:
                 _make_empty(folder)
-            _write_files(paths, headers, blocks, fresh=fresh)
+            _write_files(paths, headers, blocks, fresh=fresh, whole=among is None)
         except OSError as error:
             failure = error
     if jax.process_count() > 1:
@@ -172,7 +172,6 @@ class _Header:
     Attributes:
         text: The bytes, length included.
         start: Of every tensor, in bytes from the file's beginning.
-        size: Of the whole file, in bytes.
     """
 
     def __init__(
@@ -192,7 +191,6 @@ class _Header:
         text += b" " * (-len(text) % 8)
         self.text = len(text).to_bytes(8, "little") + text
         self.start = {module: len(self.text) + offset for module, offset in offsets.items()}
-        self.size = len(self.text) + offset
 
 
 def _write_files(
@@ -201,8 +199,12 @@ def _write_files(
     blocks: Iterable[tuple[int, str, Shaped[np.ndarray, "..."]]],
     *,
     fresh: bool,
+    whole: bool,
 ) -> None:
-    """Grow all shards side by side; on any failure none of them stays."""
+    """Grow all shards side by side; on any failure none of them stays.
+
+    Blocks come in the files' order if they are the `whole` of them, else each module has its place.
+    """
     try:
         with ExitStack() as stack:
             # New files, never open old ones: those may be hard-linked elsewhere.
@@ -211,10 +213,9 @@ def _write_files(
             if fresh:
                 for file, header in zip(files, headers, strict=True):
                     file.write(header.text)
-                    file.truncate(header.size)
             current: str | None = None
             for shard, module, block in blocks:
-                if module != current:
+                if module != current and not whole:
                     for file, header in zip(files, headers, strict=True):
                         file.seek(header.start[module])
                     current = module

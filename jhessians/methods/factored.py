@@ -35,7 +35,7 @@ def fit_run(run: Run) -> None:
     """
     config = run.config
     groups = partition(run.problem.sites, config.module_partitions)
-    shapes = kind_shapes(run.problem.sites)
+    shapes = kind_shapes(run.problem.sites) if len(groups) > 1 else {}
     for number, sites in enumerate(groups, start=1):
         if len(groups) > 1:
             modules = sum(len(site.slots) for site in sites.values())
@@ -74,7 +74,7 @@ def _export(run: Run, kinds: Kinds, shapes: KindShapes, *, fresh: bool, last: bo
                 dtype=run.config.hessian_dtype,
                 n_docs=len(run.documents),
                 total_processed=run.documents.positions,
-                among=shapes[kind],
+                among=shapes.get(kind),
                 fresh=fresh,
                 last=last,
             )

@@ -194,8 +194,8 @@ def test_no_such_folder_or_model(tmp_path, refused):
 
 
 CONFIGS = {
-    "unknown model": ({"model_type": "bert"}, ['"bert"', "gpt2, gpt_neo, gpt_neox, gptj"]),
-    "no model": ({"model_type": None}, ["null", "gpt2, gpt_neo, gpt_neox, gptj"]),
+    "unknown model": ({"model_type": "bert"}, ['"bert"', "gpt2, gpt_neo, gpt_neox, gpt_oss, gptj"]),
+    "no model": ({"model_type": None}, ["null", "gpt2, gpt_neo, gpt_neox, gpt_oss, gptj"]),
     "several modalities": ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
         ["multimodal model (gemma3)", "'gemma3_text'"]),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, ["quantised", "gptq"]),
