@@ -212,6 +212,7 @@ def _is_linear(slot: Slot | None) -> bool:
         slot is not None
         and slot.parameter.endswith(".kernel")
         and len(slot.index) < 2
+        and len(slot.shape) == 2  # one that holds all experts is none
         and slot.transform in (IDENTITY, TRANSPOSE)
     )
 

@@ -239,6 +239,7 @@ def _draw(record: Record, file: Path) -> bool:
                       ha="center", va="bottom", fontsize=8)  # fmt: skip
         axis.set_title(f"{c.name}\n({c.shape}), {c.tokens:,} tokens", fontsize=9)
         axis.margins(y=0.1)
+        axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("seconds")
     axes[0][-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
