@@ -25,6 +25,7 @@ ALLOWED_SHARE, ALLOWED_BYTES = 0.2, 10**9  # of the checkpoint, and whatever its
 
 PROGRAM = """
 import json, sys
+sys.modules["torch"] = None  # users have none, and transformers would take it in
 import jax
 from converters import load
 from converters.loading import parameters
