@@ -1,5 +1,6 @@
 """Qwen 1.5, 2, 2.5 and 3 and their mixtures of experts; QwQ, DeepSeek's distillations."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,21 +23,24 @@ from converters.common import (
 )
 from converters.rope import rope_config
 from converters.rules import TRANSPOSE, Family, Rule, linear
-from jhessians.models.config import DecoderConfig, MLPConfig
+from jhessians.models.config import DecoderConfig, ExpertsConfig, MLPConfig
+
+Windows = Callable[[Any], tuple[int | None, ...]]
 
 
-def qwen2(config: Any) -> DecoderConfig:
+def qwen2(config: Any, *, bias: bool = True, **changes: Any) -> DecoderConfig:
     """transformers' Qwen2Config, read by ours."""
     return decoder(
         config,
         norm=rms(config, wide_scale=False),
         ropes=[rope_config(config, head_size(config))],
-        attention={"bias": True, "windows": windows(config)},
+        attention={"bias": bias, "windows": windows(config)},
+        **changes,
     )
 
 
-def qwen3(config: Any) -> DecoderConfig:
-    """transformers' Qwen3Config, read by ours."""
+def qwen3(config: Any, *, limits: Windows = windows, **changes: Any) -> DecoderConfig:
+    """transformers' Qwen3Config, read by ours; `limits` tells the layers' windows."""
     return decoder(
         config,
         norm=rms(config, wide_scale=False),
@@ -44,39 +48,28 @@ def qwen3(config: Any) -> DecoderConfig:
         attention={
             "bias": config.attention_bias,
             "output_bias": config.attention_bias,
-            "windows": windows(config),
+            "windows": limits(config),
             "qk_norm": rms(config, wide_scale=False),
         },
+        **changes,
     )
+
+
+def mixture(config: Any) -> ExpertsConfig:
+    """The experts of both generations."""
+    return experts(config, config.moe_intermediate_size, normalize=config.norm_topk_prob)
 
 
 def qwen2_moe(config: Any) -> DecoderConfig:
     """transformers' Qwen2MoeConfig, read by ours."""
-    mixture = experts(config, config.moe_intermediate_size, normalize=config.norm_topk_prob)
-    shared = MLPConfig(config.shared_expert_intermediate_size, mixture.mlp.activation)
-    return decoder(
-        config,
-        norm=rms(config, wide_scale=False),
-        ropes=[rope_config(config, head_size(config))],
-        attention={"bias": config.qkv_bias, "windows": windows(config)},
-        experts=replace(mixture, shared=shared),
-    )
+    chosen = mixture(config)
+    shared = MLPConfig(config.shared_expert_intermediate_size, chosen.mlp.activation)
+    return qwen2(config, bias=config.qkv_bias, experts=replace(chosen, shared=shared))
 
 
 def qwen3_moe(config: Any) -> DecoderConfig:
     """transformers' Qwen3MoeConfig, read by ours."""
-    return decoder(
-        config,
-        norm=rms(config, wide_scale=False),
-        ropes=[rope_config(config, head_size(config))],
-        attention={
-            "bias": config.attention_bias,
-            "output_bias": config.attention_bias,
-            "windows": same_window(config),
-            "qk_norm": rms(config, wide_scale=False),
-        },
-        experts=experts(config, config.moe_intermediate_size, normalize=config.norm_topk_prob),
-    )
+    return qwen3(config, limits=same_window, experts=mixture(config))
 
 
 MIXTURE = (
