@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jhessians.interop.sources import ArraySource, ScaledSource, TensorSource
+from jhessians.protocol import Site, Statistics
 from jhessians.stages import Eigenbases, Matrix, PositionCounts
-from jhessians.tape import Site, Statistics
 
 Kinds = dict[str, dict[str, TensorSource]]
 KindShapes = dict[str, dict[str, tuple[int, ...]]]

@@ -15,8 +15,8 @@ from jhessians.linalg.eigen import Eigen, eigendecompose, ordered_map, share_by_
 from jhessians.mesh import fetch
 from jhessians.normalizers import Normalizer
 from jhessians.progress import Progress
+from jhessians.protocol import Site, Statistics
 from jhessians.stages import Problem, from_owner, place_rows, run_pass
-from jhessians.tape import Site, Statistics
 from jhessians.typing import Array, PyTree
 
 STORED = np.dtype(np.float32)  # bergson's, whatever the type of the sums

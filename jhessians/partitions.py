@@ -11,7 +11,7 @@ import jax
 
 from jhessians.errors import ConfigError
 from jhessians.linalg.symmetric import packed_shapes
-from jhessians.tape import Site
+from jhessians.protocol import Site
 from jhessians.traversal import restrict
 
 AUTOMATIC = 0

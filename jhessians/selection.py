@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from jhessians.config import ComputeConfig
 from jhessians.errors import ConfigError
 from jhessians.options import matching
-from jhessians.tape import Site
+from jhessians.protocol import Site
 from jhessians.traversal import restrict
 
 

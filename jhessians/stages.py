@@ -24,7 +24,7 @@ from jhessians.linalg.eigen import (
 from jhessians.linalg.symmetric import unpack
 from jhessians.mesh import axis_names, fetch, put_batch
 from jhessians.precision import HIGHEST
-from jhessians.tape import Fold, JointFold, Site, Statistics
+from jhessians.protocol import Fold, JointFold, Site, Statistics
 from jhessians.traversal import Loss, accumulate, initialize
 from jhessians.typing import Array, DTypeLike, PyTree
 

@@ -23,19 +23,8 @@ from jax.sharding import PartitionSpec as P
 from jhessians.experts import Routing
 from jhessians.mesh import axis_names, parameter_specs
 from jhessians.precision import HIGHEST, multiplying
-from jhessians.tape import (
-    Context,
-    Fold,
-    JointFold,
-    Site,
-    Statistics,
-    Tape,
-    Tapped,
-    add_scattered,
-    attach,
-    gather_weights,
-    product,
-)
+from jhessians.protocol import Context, Fold, JointFold, Site, Statistics
+from jhessians.tape import Tape, Tapped, add_scattered, attach, gather_weights, product
 from jhessians.typing import Array, Bool, DTypeLike, Float, PyTree
 
 Loss = Callable[[Any, Any], Float[Array, ""]]

@@ -30,9 +30,9 @@ from jhessians.models.loss import NextTokenLoss
 from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer
 from jhessians.pipeline import compute
 from jhessians.progress import Progress
+from jhessians.protocol import Site
 from jhessians.report.next_steps import next_steps
 from jhessians.stages import Problem
-from jhessians.tape import Site
 from jhessians.traversal import find_sites, unshared
 from tests import small
 from tests.oracles import bergson, checkpoints

@@ -17,9 +17,9 @@ from jhessians.config import ComputeConfig
 from jhessians.errors import ConfigError, OutputError
 from jhessians.models.config import ExpertsConfig, MLPConfig
 from jhessians.progress import Progress
+from jhessians.protocol import Site
 from jhessians.report import arithmetic
 from jhessians.report.profile import Profile, StageProfile
-from jhessians.tape import Site
 from jhessians.traversal import unshared
 from tests import small
 

@@ -4,8 +4,8 @@ import pytest
 
 from jhessians.config import ComputeConfig
 from jhessians.errors import ConfigError
+from jhessians.protocol import Site
 from jhessians.selection import select_sites
-from jhessians.tape import Site
 
 LAYERS, EXPERTS = 2, 3
 GLOB = "model.layers.*.mlp.experts"

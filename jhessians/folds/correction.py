@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jhessians.folds.covariance import masked, with_ones
-from jhessians.tape import Context, Site
+from jhessians.protocol import Context, Site
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 

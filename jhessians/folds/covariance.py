@@ -14,7 +14,7 @@ import numpy as np
 
 from jhessians.linalg.symmetric import packed_gram, packed_shapes, packed_trace
 from jhessians.mesh import fetch
-from jhessians.tape import Context, Fold, Site, Statistics
+from jhessians.protocol import Context, Fold, Site, Statistics
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 

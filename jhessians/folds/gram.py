@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jhessians.folds.rows import GradientRows
-from jhessians.tape import Context, Site
+from jhessians.protocol import Context, Site
 from jhessians.typing import Array, Float, PyTree, UInt32
 
 

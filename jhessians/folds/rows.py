@@ -22,7 +22,7 @@ from jax import lax
 from jhessians.folds.covariance import masked, with_ones
 from jhessians.linalg.projection import Projection, Role, project_global
 from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
-from jhessians.tape import Context, Site
+from jhessians.protocol import Context, Site
 from jhessians.typing import Array, DTypeLike, Float, UInt32
 
 TOKENS_AT_ONCE = 16  # of which Adam's dense scaling is computed together

@@ -22,7 +22,7 @@ from jhessians.errors import CheckpointError
 from jhessians.folds.covariance import masked, with_ones
 from jhessians.mesh import fetch
 from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
-from jhessians.tape import Context, Site, Statistics
+from jhessians.protocol import Context, Site, Statistics
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 

@@ -19,7 +19,7 @@ from jhessians.folds.covariance import (
     with_ones,
 )
 from jhessians.linalg.symmetric import packed_product
-from jhessians.tape import Context, Site, Statistics
+from jhessians.protocol import Context, Site, Statistics
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 

@@ -20,10 +20,10 @@ from jhessians.interop.optimizer_state import load_normalizers
 from jhessians.interop.processor import GradientProcessor
 from jhessians.linalg.projection import Projection
 from jhessians.normalizers import Normalizer
+from jhessians.protocol import Site
 from jhessians.report.units import bytes_in_words
 from jhessians.run import Run
 from jhessians.stages import Problem, run_pass
-from jhessians.tape import Site
 from jhessians.traversal import unshared
 
 LARGE_BYTES = 1 << 30  # of all Grams, from which on a user is warned

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jhessians.folds.correction import EigenvalueCorrection
-from jhessians.tape import Context, Site
+from jhessians.protocol import Context, Site
 from tests.oracles import kfac_numpy
 from tests.small import relative_error
 from tests.tolerances import FACTORS

@@ -7,7 +7,7 @@ import pytest
 
 from jhessians.folds.covariance import Covariance
 from jhessians.linalg.symmetric import unpack
-from jhessians.tape import Context, Site
+from jhessians.protocol import Context, Site
 from tests.oracles import kfac_numpy
 from tests.small import relative_error
 from tests.tolerances import FACTORS

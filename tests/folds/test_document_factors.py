@@ -7,7 +7,7 @@ import pytest
 from jhessians.folds.shampoo import Shampoo
 from jhessians.folds.tkfac import TraceCovariance
 from jhessians.linalg.symmetric import packed_trace, unpack
-from jhessians.tape import Context, Site
+from jhessians.protocol import Context, Site
 from tests.small import relative_error
 from tests.tolerances import FACTORS
 

@@ -18,7 +18,7 @@ from jhessians.folds.gram import Gram, JointGram
 from jhessians.folds.rows import GradientRows
 from jhessians.linalg.projection import Projection
 from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer
-from jhessians.tape import Context, Fold, JointFold, Site
+from jhessians.protocol import Context, Fold, JointFold, Site
 from tests.small import relative_error
 from tests.tolerances import FACTORS
 
