@@ -115,7 +115,7 @@ class Decoder(nnx.Module):
         if lengths is None:
             lengths = jnp.full((n,), s, jnp.int32)
         # A tape wants gradients alone; without one, any derivative may be wanted.
-        recorded = getattr(self.layers, "tape", None) is not None
+        recorded = self.layers.tape is not None
         where = positions(c.attention, lengths, s, h.dtype, backward_only=recorded)
         h = self.layers(h, where, each_layer=tuple(each_layer(c.attention, c.layers)))
         h = apply(self.final_norm, h)
