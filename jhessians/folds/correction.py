@@ -46,14 +46,16 @@ class EigenvalueCorrection:
     ) -> PyTree[Array]:
         q_a = context.gather_rows(operands["activation"], site.inputs)
         q_s = context.gather_rows(operands["gradient"], site.out_features)
-        a = with_ones(a, site).astype(self.dtype)
-        g = masked(g, context).astype(self.dtype)  # a need not be masked as well
+        # Only a needs masks: most of them cost nothing there, where a was just computed again.
+        a = masked(with_ones(a, site), context).astype(self.dtype)
+        g = g.astype(self.dtype)
         positions = a.shape[1]
 
         # Rotate the positions' vectors, or form the document's gradient first and rotate that,
-        # whichever is less arithmetic: S·I² against O·I², and S·O² against O²·I.
-        vectors_first_a = positions < site.out_features
-        vectors_first_g = positions < site.inputs
+        # whichever is less arithmetic: S·I² against O·I², and S·O² against O²·I. Where it is the
+        # same, vectors: one large product instead of a small one for each document.
+        vectors_first_a = positions <= site.out_features
+        vectors_first_g = positions <= site.inputs
         if vectors_first_a:
             a = a @ q_a
         if vectors_first_g:

@@ -43,9 +43,9 @@ class Covariance:
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
-        term: dict[str, Any] = {"gradient": self._gram(masked(g, context), context)}
+        term: dict[str, Any] = {"gradient": self._gram(g, context)}
         if site.owns_input:
-            term["activation"] = self._gram(masked(with_ones(a, site), context), context)
+            term["activation"] = self._gram(with_ones(a, site), context)
         if site.routed:
             # Two digits, whose sums stay exact where that of the number would round above 2**24.
             count = context.mask.sum()
@@ -56,8 +56,10 @@ class Covariance:
         return statistics
 
     def _gram(self, x: Float[Array, "n s d"], context: Context) -> tuple[Array, ...]:
-        rows = x.reshape(-1, x.shape[-1])
-        return packed_gram(rows, multiple=context.shards, dtype=self.dtype)
+        counted = None if context.mask is None else context.mask.reshape(-1)
+        return packed_gram(
+            x.reshape(-1, x.shape[-1]), counted=counted, multiple=context.shards, dtype=self.dtype
+        )
 
 
 def routed_positions(statistics: Statistics) -> dict[str, np.ndarray]:

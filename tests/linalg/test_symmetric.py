@@ -44,7 +44,7 @@ def test_blocks_cover_every_row_once(d):
     assert all(stop > start for start, stop in bounds)
     if d >= 512:
         stored = sum(height * width for height, width in packed_shapes(d))
-        assert stored == pytest.approx(0.625 * d * d, rel=0.01)
+        assert stored == pytest.approx(2 / 3 * d * d, rel=0.01)
 
 
 @pytest.mark.parametrize("d", [5, 520])
