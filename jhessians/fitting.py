@@ -10,16 +10,16 @@ import numpy as np
 from jhessians.factors import Kinds, correction_sources, covariance_sources, eigen_sources
 from jhessians.folds.correction import EigenvalueCorrection
 from jhessians.folds.covariance import Covariance, FactorFold, routed_positions
+from jhessians.passes import Pass, Problem
 from jhessians.progress import Progress
 from jhessians.stages import (
     PositionCounts,
-    Problem,
     covariance_matrices,
     eigendecompose_covariances,
-    run_pass,
+    eigenvector_shapes,
 )
 from jhessians.traversal import unshared
-from jhessians.typing import Array, PyTree
+from jhessians.typing import PyTree
 
 
 def fit(
@@ -94,15 +94,12 @@ def fit_stages(
         problem = replace(problem, sites=unshared(problem.sites))
     sites = problem.sites
 
-    def count(batch: Any) -> int:
-        mask: Array | None = problem.mask(batch)
-        return 0 if mask is None else int(mask.sum()) * problem.hosts
-
+    correction = Pass(EigenvalueCorrection(dtype), problem, dtype=dtype)
     with progress.stage("Covariances", positions, "positions") as stage:
-        covariances = run_pass(
-            method, problem, batches,
-            dtype=dtype, advance=lambda batch: stage.advance(count(batch)),
-        )  # fmt: skip
+        if correct_eigenvalues:  # while this pass compiles
+            operands = eigenvector_shapes(problem, dtype)
+            correction.compile_ahead(next(iter(batches)), operands)
+        covariances = Pass(method, problem, dtype=dtype).run(batches, advance=stage.advance)
         covariances = method.finish(sites, covariances)
     counts = PositionCounts(positions, routed_positions(covariances))
     if unused := sum(int((routed == 0).sum()) for routed in counts.routed.values()):
@@ -122,8 +119,5 @@ def fit_stages(
 
     if correct_eigenvalues:
         with progress.stage("Eigenvalue correction", positions, "positions") as stage:
-            squares = run_pass(
-                EigenvalueCorrection(dtype), problem, batches, operands=bases.vectors,
-                dtype=dtype, advance=lambda batch: stage.advance(count(batch)),
-            )  # fmt: skip
+            squares = correction.run(batches, operands=bases.vectors, advance=stage.advance)
         yield correction_sources(sites, squares, documents)

@@ -14,9 +14,10 @@ from jhessians.folds.second_moment import stack_normalizers
 from jhessians.linalg.eigen import Eigen, eigendecompose, ordered_map, share_by_cost, usable_cores
 from jhessians.mesh import fetch
 from jhessians.normalizers import Normalizer
+from jhessians.passes import Problem, run_pass
 from jhessians.progress import Progress
 from jhessians.protocol import Site, Statistics
-from jhessians.stages import Problem, from_owner, place_rows, run_pass
+from jhessians.stages import from_owner, place_rows
 from jhessians.typing import Array, PyTree
 
 STORED = np.dtype(np.float32)  # bergson's, whatever the type of the sums
@@ -68,8 +69,7 @@ def fit_autocorrelations(
     with progress.stage("Grams", positions, "positions") as stage:
         statistics = run_pass(
             fold, problem, batches, dtype=rows.dtype, operands=operands,
-            advance=lambda batch: stage.advance(int(batch.position_mask.sum()) * problem.hosts)
-            if positions else None,
+            advance=stage.advance,
         )  # fmt: skip
     matrices = list(_matrices(problem.sites, rows, joint))
     with progress.stage("Eigendecompositions", len(matrices), "matrices") as stage:

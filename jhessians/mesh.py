@@ -195,11 +195,16 @@ def parameter_specs(state: nnx.State, mesh: Mesh) -> PyTree[P]:
     return jax.tree.map(spec, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def put_batch(batch: PyTree[np.ndarray], mesh: Mesh) -> PyTree[Array]:
-    """Spread this host's rows of a batch over its devices; together they are the global batch."""
-    sharding = NamedSharding(mesh, P(axis_names(mesh)))
+def put_batches(batches: PyTree[np.ndarray], mesh: Mesh | None) -> PyTree[Array]:
+    """Spread this host's rows of stacked batches [batch, document, ...] over its devices.
+
+    Together they are the global batches. Without a mesh they are left as they are.
+    """
+    if mesh is None:
+        return batches
+    sharding = NamedSharding(mesh, P(None, axis_names(mesh)))
     return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batches
     )
 
 

@@ -1,6 +1,6 @@
 """`compute`: load model and data, let the method fit and write its Hessian, describe the run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import converters.hub
 import converters.parameter_order
 import converters.registry
-from jhessians import demo, profiling
+from jhessians import activations, demo, profiling
 from jhessians.config import ComputeConfig
 from jhessians.data.batching import Batch, BatchPlan, iterate_batches, plan_batches
 from jhessians.data.documents import Documents
@@ -20,20 +20,23 @@ from jhessians.data.sources import DataOptions, load_documents
 from jhessians.errors import CheckpointError, ConfigError
 from jhessians.interop.export import write_config
 from jhessians.interop.layout import DTYPES
+from jhessians.memory import free_memory, gram_numbers
 from jhessians.mesh import make_mesh, require_same, start_hosts, together
 from jhessians.methods.fits import FITS
 from jhessians.models.loss import NextTokenLoss
 from jhessians.options import matching
-from jhessians.partitions import AUTOMATIC, needed_partitions
+from jhessians.partitions import AUTOMATIC, factor_bytes, needed_partitions
+from jhessians.passes import Problem
 from jhessians.precision import require_supported
 from jhessians.progress import Progress
+from jhessians.protocol import Site
 from jhessians.provenance import config_document
 from jhessians.report.next_steps import next_steps
 from jhessians.report.summary import Summary, measure_trees
+from jhessians.report.units import bytes_in_words
 from jhessians.run import Run, sum_dtype
 from jhessians.rundir import RunDirectory
 from jhessians.selection import select_sites
-from jhessians.stages import Problem
 from jhessians.traversal import find_sites
 
 
@@ -171,6 +174,12 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
     if config.module_partitions == AUTOMATIC:
         count = needed_partitions(sites, sum_dtype(config).itemsize, mesh.size)
         config = replace(config, module_partitions=count)
+    if config.activations == activations.AUTOMATIC:
+        stored = activations.stored_bytes(
+            loss, model, activations.largest_batch(plan, example, mesh.size), sites
+        )
+        config = replace(config, activations=_choose(config, stored, sites, mesh, progress))
+    activations.keep_activations(model, config.activations)
     problem = Problem(
         loss, model, sites,
         mesh=spread, draws=config.mc_samples, matmul_precision=config.matmul_precision,
@@ -189,6 +198,28 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
         partial(converters.parameter_order.named_parameters, settings),
         problem,
     )
+
+
+def _choose(
+    config: ComputeConfig, stored: int, sites: Mapping[str, Site], mesh: Mesh, progress: Progress
+) -> str:
+    """Whether to store activations of so many bytes a device, or to recompute them."""
+    itemsize = sum_dtype(config).itemsize
+    if config.is_factored:
+        taken = factor_bytes(sites, config.module_partitions, itemsize, mesh.size)
+    elif config.projection_target == "global":
+        taken = config.projection_dim**2 * itemsize // mesh.size
+    else:
+        numbers = sum(gram_numbers(site, config.projection_dim) for site in sites.values())
+        taken = numbers * itemsize // mesh.size
+    free = max(0, free_memory() - taken)
+    choice = activations.choose(stored, free)
+    if choice == activations.RECOMPUTE:
+        progress.note(
+            f"Activations are recomputed: stored they take {bytes_in_words(stored)} a device, "
+            f"where {bytes_in_words(free)} are free beside model and statistics"
+        )
+    return choice
 
 
 def _tokenizer(config: ComputeConfig, model_name: str):

@@ -12,8 +12,8 @@ from jhessians.data.batching import Batch, BatchPlan
 from jhessians.data.documents import Documents
 from jhessians.interop.layout import DTYPES
 from jhessians.interop.optimizer_state import Parameter
+from jhessians.passes import Problem
 from jhessians.progress import Progress
-from jhessians.stages import Problem
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,6 @@ class Run:
     def dtype(self) -> np.dtype:
         """In which to sum."""
         return sum_dtype(self.config)
-
-    def positions_in(self, batch: Batch) -> int:
-        """Positions that count in a batch of all hosts, estimated from this host's rows."""
-        return int(batch.position_mask.sum()) * self.problem.hosts
 
 
 def sum_dtype(config: ComputeConfig) -> np.dtype:

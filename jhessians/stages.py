@@ -1,15 +1,13 @@
-"""Stages of a fit, as functions: a pass over the data, and the eigendecompositions."""
+"""What lies between the passes of a fit: the covariances' eigendecompositions."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,104 +20,13 @@ from jhessians.linalg.eigen import (
     usable_cores,
 )
 from jhessians.linalg.symmetric import unpack
-from jhessians.mesh import axis_names, fetch, put_batch
-from jhessians.precision import HIGHEST
-from jhessians.protocol import Fold, JointFold, Site, Statistics
-from jhessians.traversal import Loss, accumulate, initialize
+from jhessians.mesh import axis_names, fetch
+from jhessians.passes import Problem
+from jhessians.protocol import Site, Statistics
+from jhessians.traversal import shaped_rows
 from jhessians.typing import Array, DTypeLike, PyTree
 
-COMPILER_OPTIONS = {"cpu": {"xla_backend_optimization_level": 1}}
-"""By platform. Where LLVM compiles what lies between the products, its first level of optimisation
-takes two thirds of the default's time, and the passes run as fast."""
-
 KINDS: tuple[Literal["activation", "gradient"], ...] = ("activation", "gradient")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What every pass of one fit has in common.
-
-    Attributes:
-        loss: Summed over documents.
-        model: The weights.
-        sites: The linears to record, from `find_sites`.
-        mask: Tells from a batch which positions count; None if all do.
-        mesh: Devices; None for the default one alone.
-        draws: How many losses `loss` returns, over which statistics are averaged.
-        matmul_precision: How float32 numbers are multiplied, of `jhessians.precision`.
-    """
-
-    loss: Loss
-    model: nnx.Module
-    sites: Mapping[str, Site]
-    mask: Callable[[Any], Array | None] = lambda batch: getattr(batch, "position_mask", None)
-    mesh: Mesh | None = None
-    draws: int = 1
-    matmul_precision: str = HIGHEST
-
-    @property
-    def hosts(self) -> int:
-        """How many processes share the documents."""
-        return jax.process_count() if self.mesh else 1
-
-
-def run_pass(
-    fold: Fold | JointFold,
-    problem: Problem,
-    batches: Iterable[PyTree[np.ndarray]],
-    *,
-    dtype: DTypeLike = jnp.float32,
-    operands: Mapping[str, Mapping[str, Any]] | None = None,
-    advance: Callable[[Any], None] = lambda batch: None,
-) -> Statistics:
-    """Sum a fold over all batches.
-
-    Args:
-        fold: What to compute.
-        problem: On which model and linears.
-        batches: This host's rows of each batch, as numpy.
-        dtype: Of the sums.
-        operands: Further arrays that the fold needs, by site.
-        advance: Called with every batch that is finished.
-
-    Raises:
-        NumericsError: If a batch's loss isn't finite.
-    """
-    mesh = problem.mesh
-    statistics = initialize(fold, problem.sites, dtype=dtype, mesh=mesh)
-    graph, state = nnx.split(problem.model)
-
-    # The statistics are donated: sums are updated in place.
-    @partial(
-        jax.jit, donate_argnums=2, compiler_options=COMPILER_OPTIONS.get(jax.default_backend())
-    )
-    def step(state, batch, statistics, operands):
-        return accumulate(
-            fold, problem.loss, nnx.merge(graph, state), batch, statistics,
-            sites=problem.sites, mask=problem.mask(batch), operands=operands,
-            draws=problem.draws, mesh=mesh, matmul_precision=problem.matmul_precision,
-        )  # fmt: skip
-
-    def finish(batch, loss):
-        # The host is one batch ahead of the devices, never more.
-        if not np.isfinite(fetch(loss)):
-            raise NumericsError(
-                f"the loss of batch {done + 1} is {fetch(loss)}; expected a finite number: check "
-                "the weights, or use --precision fp32"
-            )
-        advance(batch)
-
-    done, running = 0, None
-    for batch in batches:
-        placed = put_batch(batch, mesh) if mesh else batch
-        statistics, loss = step(state, placed, statistics, operands)
-        if running:
-            finish(*running)
-            done += 1
-        running = (batch, loss)
-    if running:
-        finish(*running)
-    return statistics
 
 
 class Matrix(NamedTuple):
@@ -186,6 +93,18 @@ class Eigenbases(NamedTuple):
 
     vectors: dict[str, dict[str, Array]]
     values: dict[str, dict[str, np.ndarray]]
+
+
+def eigenvector_shapes(problem: Problem, dtype: DTypeLike) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes and shardings of `Eigenbases.vectors`, before there are any."""
+    devices = problem.mesh.size if problem.mesh else 1
+    shapes: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for site, kind, _ in covariance_matrices(problem.sites):
+        d = site.inputs if kind == "activation" else site.out_features
+        stack = () if site.members is None else (len(site.members),)
+        shape = (*stack, d + -d % devices, d)
+        shapes.setdefault(site.name, {})[kind] = jax.ShapeDtypeStruct(shape, dtype)
+    return shaped_rows(problem.sites, shapes, problem.mesh)
 
 
 def eigendecompose_covariances(

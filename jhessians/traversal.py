@@ -278,5 +278,18 @@ def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Me
     )
 
 
+def shaped_rows(
+    sites: Mapping[str, Site], shapes: Mapping[str, Any], mesh: Mesh | None
+) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes of statistics or operands together with how they lie on the mesh, if there is one."""
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        row_shardings(sites, shapes, mesh),
+    )
+
+
 def _context(mesh: Mesh | None) -> Context:
     return Context() if mesh is None else Context(axes=axis_names(mesh), shards=mesh.size)

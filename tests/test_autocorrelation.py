@@ -28,11 +28,11 @@ from jhessians.methods.autocorrelation import _check_memory, split_sites
 from jhessians.models.layers import Linear
 from jhessians.models.loss import NextTokenLoss
 from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer
+from jhessians.passes import Problem
 from jhessians.pipeline import compute
 from jhessians.progress import Progress
 from jhessians.protocol import Site
 from jhessians.report.next_steps import next_steps
-from jhessians.stages import Problem
 from jhessians.traversal import find_sites, unshared
 from tests import small
 from tests.oracles import bergson, checkpoints

@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 
 import jhessians
-from jhessians import stages
+from jhessians import passes
+from jhessians.passes import Pass
 from tests import small
 
 I, O = 40, 24  # noqa: E741
@@ -51,22 +52,12 @@ def random_batch(n, s, i):
 
 
 def lower(model, batch, *, fold=None, mesh=None):
-    """The jitted step of a pass, lowered; statistics are donated as `run_pass` does."""
-    fold = fold or jhessians.Covariance()
+    """The step of a pass, lowered, and the statistics that it updates."""
     sites = jhessians.find_sites(half_square, model, batch)
-    statistics = jhessians.initialize(fold, sites, mesh=mesh)
-    graph, state = nnx.split(model)
-
-    @partial(jax.jit, donate_argnums=2)
-    def step(state, batch, statistics):
-        model = nnx.merge(graph, state)
-        return jhessians.accumulate(
-            fold, half_square, model, batch, statistics, sites=sites, mesh=mesh
-        )
-
-    if mesh is not None:
-        batch = jhessians.mesh.put_batch(batch, mesh)
-    return step.lower(state, batch, statistics), statistics
+    problem = jhessians.Problem(half_square, model, sites, mesh=mesh)
+    one = Pass(fold or jhessians.Covariance(), problem)
+    statistics = one.initialize()
+    return one.lower(batch, statistics), statistics
 
 
 def nbytes(tree):
@@ -115,7 +106,7 @@ def test_a_pass_donates_its_sums(monkeypatch):
         made.append(jhessians.initialize(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(stages, "initialize", remember)
+    monkeypatch.setattr(passes, "initialize", remember)
     model, batch = small.fill(lambda: Pair(nnx.Rngs(0))), random_batch(2, 3, I)
     sites = jhessians.find_sites(half_square, model, batch)
     problem = jhessians.Problem(half_square, model, sites)
@@ -134,10 +125,10 @@ def test_there_are_no_weight_gradients():
     shapes = product_shapes(lower(model, batch)[0].as_text())
     weights = {(I, O), (O, I)}
     assert not weights & set(shapes)
-    # Two products forward, one back (the data needs no gradient), and four Grams.
+    # Two products forward, two back (of which XLA drops the data's), and four Grams.
     grams = [shape for shape in shapes if len(shape) == 2]
     assert sorted(grams) == sorted([(I, I), (O, O), (O, O), (I, I)])
-    assert len(shapes) - len(grams) == 3
+    assert len(shapes) - len(grams) == 4
 
     # With them, the same search finds them.
     graph, state = nnx.split(model)
@@ -218,3 +209,35 @@ def test_compilations_do_not_grow_with_the_data():
         counts.append((len(data), compiled.count("step")))
     assert counts[1][0] > 2 * counts[0][0]
     assert counts[0][1] == counts[1][1] == 1
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_second_pass_compiles_while_the_first_does(devices):
+    """In a thread, whose compilations are not counted here: the second pass itself has none."""
+    mesh = jhessians.make_mesh(8) if devices > 1 else None
+    model = small.fill(lambda: Pair(nnx.Rngs(0)))
+    batches = [random_batch(8, 2, I)] * 3
+    sites = jhessians.find_sites(half_square, model, batches[0])
+    problem = jhessians.Problem(half_square, model, sites, mesh=mesh)
+    with Compilations() as compiled:
+        jhessians.fit(problem, batches, positions=48, documents=24)
+    assert compiled.count("step") == 1
+
+
+def test_a_call_sums_several_batches(monkeypatch):
+    model = small.fill(lambda: Pair(nnx.Rngs(0)))
+    one, other = random_batch(8, 2, I), random_batch(8, 3, I)
+    sites = jhessians.find_sites(half_square, model, one)
+
+    def sizes(batches):
+        made = Pass(jhessians.Covariance(), jhessians.Problem(half_square, model, sites))
+        calls, step = [], made._step
+        monkeypatch.setattr(made, "_step", lambda *args: (calls.append(args[-1]), step(*args))[1])
+        made.run(batches)
+        return calls
+
+    assert sizes([one] * 20) == [1, 2, 4, 8, 5]
+    assert sizes([one] * 4 + [other] * 9) == [1, 2, 1, 8, 1]
+    # Where one batch is enough work for a call, it has a call of its own.
+    monkeypatch.setattr(passes, "WORK_OF_A_CALL", 8 * 2 * I * O)
+    assert sizes([one] * 3) == [1, 1, 1]

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jhessians
-from jhessians import stages
+from jhessians import passes
 from jhessians.folds.rows import GradientRows
 from jhessians.folds.shampoo import Shampoo
 from jhessians.grams import fit_autocorrelations
@@ -245,7 +245,7 @@ def test_routing_compiles_nothing_again(monkeypatch):
         made.append(jhessians.initialize(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(stages, "initialize", remember)
+    monkeypatch.setattr(passes, "initialize", remember)
     model = small.decoder(layers=1, experts=ExpertsConfig(4, 1, MLPConfig(8, "silu", "fused")))
     batches = [
         small.batches(small.documents([9, 5, 9], seed=seed), **PLAIN)[0] for seed in range(4)

@@ -17,8 +17,8 @@ from jhessians.folds.second_moment import SecondMoment, stack_normalizers
 from jhessians.mesh import make_mesh
 from jhessians.models.layers import Linear, Stack
 from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer
+from jhessians.passes import Problem, run_pass
 from jhessians.protocol import Context, Site
-from jhessians.stages import Problem, run_pass
 from jhessians.traversal import find_sites
 from tests.oracles import kfac_numpy
 from tests.small import relative_error

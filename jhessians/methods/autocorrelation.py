@@ -20,10 +20,10 @@ from jhessians.interop.optimizer_state import load_normalizers
 from jhessians.interop.processor import GradientProcessor
 from jhessians.linalg.projection import Projection
 from jhessians.normalizers import Normalizer
+from jhessians.passes import Problem, run_pass
 from jhessians.protocol import Site
 from jhessians.report.units import bytes_in_words
 from jhessians.run import Run
-from jhessians.stages import Problem, run_pass
 from jhessians.traversal import unshared
 
 LARGE_BYTES = 1 << 30  # of all Grams, from which on a user is warned
@@ -172,6 +172,6 @@ def _normalizers(run: Run, problem: Problem) -> dict[str, Normalizer]:
     with run.progress.stage("Normalizers", run.documents.positions, "positions") as stage:
         sums = run_pass(
             fold, problem, run.batches,
-            dtype=run.dtype, advance=lambda batch: stage.advance(run.positions_in(batch)),
+            dtype=run.dtype, advance=stage.advance,
         )  # fmt: skip
         return fold.finish(problem.sites, sums, documents=len(run.documents))

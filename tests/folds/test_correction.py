@@ -65,7 +65,7 @@ def test_rotates_first_what_is_less_arithmetic(s, i, o):
     )(a, g, q_a, q_s)
     before_the_scan = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
     rotated = [e.invars[0].aval.shape[-1] for e in before_the_scan]
-    assert rotated == [i] * (s < o) + [o] * (s < i)
+    assert rotated == [i] * (s <= o) + [o] * (s <= i)
 
 
 def test_padding_rows_of_the_bases_are_ignored():

@@ -64,7 +64,7 @@ def test_rows_are_padded_for_the_devices():
     where = site(6, 520)
     context = Context(axes=("devices",), shards=7)
     result = Covariance().term(where, jnp.asarray(a), jnp.asarray(g), {}, context)
-    assert [x.shape[0] % 7 for x in jax.tree.leaves(result)] == [0] * 5
+    assert [x.shape[0] % 7 for x in jax.tree.leaves(result)] == [0] * 4
     np.testing.assert_array_equal(
         unpack(result["gradient"], 520),
         unpack(term(Covariance(), where, a, g, None)["gradient"], 520),
@@ -96,9 +96,10 @@ def test_double_precision_is_double():
         assert relative_error(unpack(result["gradient"], 5), expected[1]) < 1e-14
 
 
-def test_what_is_masked_may_be_anything():
+def test_what_is_masked_may_be_any_finite_number():
     a, g, mask = make(2, 6, 5, 7)
-    a[~mask] = np.nan
-    g[~mask] = np.inf
+    expected = term(Covariance(), site(5, 7, ones=True), a, g, mask)
+    a[~mask] = 1e38
+    g[~mask] = -1e38
     result = term(Covariance(), site(5, 7, ones=True), a, g, mask)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
+    jax.tree.map(np.testing.assert_array_equal, result, expected)
