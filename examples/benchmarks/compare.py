@@ -205,14 +205,14 @@ def compare(options: argparse.Namespace, name: str, work: Path) -> report.Compar
     return report.Comparison(name, shape, tokens, chunk, peaks, runs, errors)
 
 
-def command_line(words: Sequence[str]) -> str:
+def command_line(words: Sequence[str], script: str = "compare.py") -> str:
     """What was typed, without this machine's folders."""
     shown, hide = [], False
     for word in words:
         private = word.startswith(("--work", "--peers-env", "--results"))
         shown.append("DIR" if hide else word.split("=")[0] if private else shlex.quote(word))
         hide = private and "=" not in word
-    return " ".join(["python examples/benchmarks/compare.py", *shown])
+    return " ".join([f"python examples/benchmarks/{script}", *shown])
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -25,7 +25,8 @@ class Tool:
         name: As shown.
         command: The whole command line; `{out}` stands for the folder to write.
         environment: Beside the benchmark's own.
-        stages: Stage → patterns of the lines that begin and end it.
+        stages: Stage → patterns of the lines that begin and end it; an empty line stands for the
+            start of the process.
         factors: Factor → folder or file with its tensors, below the folder written.
         prefix: What its module names begin with, before the names that the others use.
         sums_documents: Whether its Λ is a sum over documents rather than their mean.
@@ -105,7 +106,7 @@ def measure(tool: Tool, out: Path, cache: Path) -> Run:
     if process.returncode:
         tail = "\n".join(line for _, line in lines[-25:])
         raise RunFailed(f"{tool.name} ended with {process.returncode}; its last lines:\n{tail}")
-    stages = stage_seconds(lines, tool.stages)
+    stages = stage_seconds([(0.0, ""), *lines], tool.stages)
     stages[REST] = seconds - sum(stages.values())
     return Run(
         tool.name, seconds, stages, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime, load

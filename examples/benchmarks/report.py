@@ -115,7 +115,8 @@ def describe_machine() -> str:
         return words
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -180,17 +181,17 @@ def markdown(record: Record) -> str:
             f"## {c.name}: (width, layers, inner, vocabulary) = ({c.shape}), {c.tokens:,} tokens "
             f"in chunks of {c.chunk}, {repeats} runs each",
             "",
-            _table(time_header, list(_time_rows(c))),
+            table(time_header, list(_time_rows(c))),
             "",
             f"Float32 matrix product, GFLOP/s: {peaks}. Arithmetic, with the share of the fastest "
             "that each pass reaches, counting what is needed and what the tool's way does (for "
             "jhessians what is needed):",
             "",
-            _table(flop_header, list(_arithmetic_rows(c))),
+            table(flop_header, list(_arithmetic_rows(c))),
             "",
             "Largest relative difference over all modules:",
             "",
-            _table(error_header, error_rows),
+            table(error_header, error_rows),
             "",
             f"Load average before a run: {min(loads):.1f} to {max(loads):.1f} (a run of the tools "
             "themselves leaves some).",
