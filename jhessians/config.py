@@ -327,6 +327,14 @@ class _MachineOptions:
         bergson="index_cfg.fsdp",
     )
 
+    activations: str = option(
+        "auto",
+        "For the backward pass, store every layer's matrix products (faster) or recompute a layer "
+        "from its input (leaner; known as activation checkpointing or rematerialization). auto: "
+        "store if that takes at most half of the memory that model and factors leave free.",
+        group=MACHINE,
+        choices=("auto", "store", "recompute"),
+    )
     module_partitions: int = option(
         1,
         "Fit the modules in so many groups, one after the other, each with passes of its own: "

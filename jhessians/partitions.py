@@ -5,12 +5,9 @@ Each group takes passes of its own over the data, so the fewest groups are the f
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
-
-import jax
 
 from jhessians.errors import ConfigError
-from jhessians.linalg.symmetric import packed_shapes
+from jhessians.memory import factor_numbers, free_memory
 from jhessians.protocol import Site
 from jhessians.traversal import restrict
 
@@ -61,24 +58,20 @@ def needed_partitions(sites: Mapping[str, Site], itemsize: int, devices: int) ->
     return min(len(units), max(1, math.ceil(needed / (SHARE * free_memory()))))
 
 
-def free_memory() -> int:
-    """Bytes that are free on each of this host's devices."""
-    device = jax.local_devices()[0]
-    statistics = device.memory_stats() if device.platform != "cpu" else None
-    if statistics and "bytes_limit" in statistics:
-        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-    return _free_on_host() // jax.local_device_count()
+def factor_bytes(sites: Mapping[str, Site], count: int, itemsize: int, devices: int) -> int:
+    """Bytes of a device's share of the factors of the largest of `count` groups.
 
+    Args:
+        sites: All linears.
+        count: How many groups.
+        itemsize: Bytes of a number.
+        devices: Over which rows are spread.
 
-def _free_on_host() -> int:
-    """Bytes that the kernel could give this process, or those that a container may have."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    table = dict(line.split(":") for line in lines)
-    free = int(table["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.is_file() and (allowed := limit.read_text().strip()) != "max":
-        free = min(free, int(allowed) - int(used.read_text()))
-    return max(free, 1)
+    Raises:
+        ConfigError: If there are fewer linears than groups.
+    """
+    groups = partition(sites, count)
+    return max(sum(size for _, size in _units(group)) for group in groups) * itemsize // devices
 
 
 def _units(sites: Mapping[str, Site]) -> list[tuple[list[str], int]]:
@@ -89,12 +82,5 @@ def _units(sites: Mapping[str, Site]) -> list[tuple[list[str], int]]:
         for slot, name in zip(site.slots, site.module_names(), strict=True):
             key = (0 if slot is None else slot, site.input_site)
             names.setdefault(key, []).append(name)
-            sizes[key] = sizes.get(key, 0) + _numbers(site)
+            sizes[key] = sizes.get(key, 0) + factor_numbers(site)
     return [(names[key], sizes[key]) for key in sorted(names, key=lambda key: key[0])]
-
-
-def _numbers(site: Site) -> int:
-    """Numbers in a linear's covariances, their eigenvectors and its corrected eigenvalues."""
-    sides = [site.out_features, *([site.inputs] if site.owns_input else [])]
-    factors = sum(d * d + sum(math.prod(shape) for shape in packed_shapes(d)) for d in sides)
-    return factors + site.out_features * site.inputs

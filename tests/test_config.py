@@ -44,6 +44,7 @@ CHANGED = ComputeConfig(
     filter_modules="*.gate_proj,*.k_proj",
     moe_experts="model.layers.*.mlp.experts",
     token_batch_size=512,
+    activations="recompute",
     module_partitions=2,
     world_size=4,
     fsdp=True,

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jhessians import partitions
+from jhessians import memory, partitions
 from jhessians.config import ComputeConfig
 from jhessians.errors import ConfigError
-from jhessians.partitions import needed_partitions, partition
+from jhessians.partitions import factor_bytes, needed_partitions, partition
 from jhessians.pipeline import compute
 from jhessians.progress import Progress
 from jhessians.traversal import find_sites
@@ -97,6 +97,7 @@ def test_as_many_as_memory_needs(monkeypatch):
     monkeypatch.setattr(partitions, "free_memory", lambda: 1 << 40)
     assert needed_partitions(everything, 4, 1) == 1
     one = needed_bytes(everything)
+    assert factor_bytes(everything, 1, 4, 1) == one and factor_bytes(everything, 4, 4, 2) == one / 8
     monkeypatch.setattr(partitions, "free_memory", lambda: one / partitions.SHARE / 2.5)
     assert needed_partitions(everything, 4, 1) == 3
     assert needed_partitions(everything, 4, 3) == 1  # rows are spread over devices
@@ -122,7 +123,7 @@ def test_automatic_writes_the_number(run, monkeypatch):
 
 
 def test_free_memory_is_that_of_the_host():
-    free = partitions.free_memory()
+    free = memory.free_memory()
     assert 1 << 20 < free < 1 << 50
     assert jax.local_device_count() * free < 1 << 50
 

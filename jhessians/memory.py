@@ -1,0 +1,59 @@
+"""What the statistics of a linear take, and how much memory is free, as all hosts see it."""
+
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jhessians.linalg.symmetric import packed_shapes
+from jhessians.protocol import Site
+
+
+def factor_numbers(site: Site) -> int:
+    """Numbers in a linear's covariances, their eigenvectors and its corrected eigenvalues."""
+    sides = [site.out_features, *([site.inputs] if site.owns_input else [])]
+    factors = sum(d * d + sum(math.prod(shape) for shape in packed_shapes(d)) for d in sides)
+    return factors + site.out_features * site.inputs
+
+
+def gram_numbers(site: Site, projection_dim: int) -> int:
+    """Numbers in the dense Grams of a linear's gradients, of all its modules.
+
+    Args:
+        site: The linear.
+        projection_dim: p of a projected gradient [p, p]; 0 if they are whole.
+    """
+    row = projection_dim**2 or site.out_features * site.inputs
+    return row**2 * len(site.slots)
+
+
+def free_memory() -> int:
+    """Bytes that are free on each device: the fewest of all hosts, which so decide alike."""
+    free = _free_on_device()
+    if jax.process_count() == 1:
+        return free
+    from jax.experimental import multihost_utils
+
+    # Without 64 bits JAX has no integer that is wide enough; seven digits are plenty.
+    return int(multihost_utils.process_allgather(np.float32(free)).min())
+
+
+def _free_on_device() -> int:
+    """Bytes that are free on each of this host's devices."""
+    device = jax.local_devices()[0]
+    statistics = device.memory_stats() if device.platform != "cpu" else None
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    return _free_on_host() // jax.local_device_count()
+
+
+def _free_on_host() -> int:
+    """Bytes that the kernel could give this process, or those that a container may have."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    table = dict(line.split(":") for line in lines)
+    free = int(table["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.is_file() and (allowed := limit.read_text().strip()) != "max":
+        free = min(free, int(allowed) - int(used.read_text()))
+    return max(free, 1)
