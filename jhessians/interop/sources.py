@@ -6,11 +6,13 @@ array on one device or on many, of one process or of several.
 """
 
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jaxtyping import Array, Shaped
+
+from jhessians.mesh import in_host_memory
 
 Window = tuple[slice, ...]
 
@@ -117,11 +119,13 @@ def _fetch_local(array: Array, window: Window) -> np.ndarray:
         ]
         if any(start >= stop for start, stop in common):
             continue
-        piece = jax.lax.dynamic_slice(
-            shard.data,
-            [start - lo for (start, _), (lo, _, _) in zip(common, held, strict=True)],
-            [stop - start for start, stop in common],
-        )
+        starts = [start - lo for (start, _), (lo, _, _) in zip(common, held, strict=True)]
+        sizes = [stop - start for start, stop in common]
+        data = in_host_memory(shard.data)
+        if isinstance(data, np.ndarray):
+            piece: Any = data[tuple(slice(at, at + n) for at, n in zip(starts, sizes, strict=True))]
+        else:
+            piece = jax.lax.dynamic_slice(data, starts, sizes)
         target = tuple(
             slice(start - w.start, stop - w.start)
             for (start, stop), w in zip(common, window, strict=True)
