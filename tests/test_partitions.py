@@ -128,6 +128,15 @@ def test_free_memory_is_that_of_the_host():
     assert jax.local_device_count() * free < 1 << 50
 
 
+def test_free_memory_is_that_of_the_poorest_host(monkeypatch):
+    gather = "jax.experimental.multihost_utils.process_allgather"
+    monkeypatch.setattr(memory, "_free_on_device", lambda: 5 << 30)
+    assert memory.free_memory() == 5 << 30
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(gather, lambda mine: np.stack([mine, np.float32(3 << 30), mine]))
+    assert memory.free_memory() == 3 << 30
+
+
 def test_what_makes_no_sense_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--module_partitions 99 .* give at most 16"):
         partition(sites(), 99)
