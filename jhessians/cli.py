@@ -147,8 +147,11 @@ def _keep_compilations() -> None:
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(caches / "jhessians" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # All of them, wherever they are kept: many short ones take as long as a long one.
+    for name, least in (("min_compile_time_secs", 0), ("min_entry_size_bytes", -1)):
+        option = f"jax_persistent_cache_{name}"
+        if option.upper() not in os.environ:
+            jax.config.update(option, least)
 
 
 @contextmanager

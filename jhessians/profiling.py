@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -66,8 +67,8 @@ class Recorder:
             )
 
     def listen(self, event: str, duration_secs: float, **details: str | int) -> None:
-        """What JAX reports of its compilations."""
-        if event in COMPILING:
+        """What JAX reports of its compilations; those of a thread beside the stage take none of it."""
+        if event in COMPILING and threading.current_thread() is threading.main_thread():
             self._compile_seconds += duration_secs
 
     def finish(self, run: Run) -> Profile:
