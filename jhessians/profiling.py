@@ -67,7 +67,7 @@ class Recorder:
             )
 
     def listen(self, event: str, duration_secs: float, **details: str | int) -> None:
-        """What JAX reports of its compilations; those of a thread beside the stage take none of it."""
+        """What JAX reports of its compilations; those of other threads take none of a stage."""
         if event in COMPILING and threading.current_thread() is threading.main_thread():
             self._compile_seconds += duration_secs
 
