@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jhessians.errors import NumericsError
+from jhessians.memory import return_freed_memory
 from jhessians.mesh import fetch, put_batches
 from jhessians.precision import HIGHEST
 from jhessians.protocol import Fold, JointFold, Site, Statistics
@@ -113,6 +114,8 @@ class Pass:
         done, running = 0, None
         for group in self._groups(batches):
             statistics, losses = self._step(*self._arguments(group, statistics, operands))
+            if not running:
+                return_freed_memory()
             # The host is one call ahead of the devices, never more.
             if running:
                 done = self._finish(done, *running, advance)
@@ -159,6 +162,7 @@ class Pass:
         def compile() -> None:
             with suppress(Exception), jax.enable_x64(wide):
                 self.lower(batch, self._shapes_of_sums(), operands).compile()
+            return_freed_memory()
 
         self._ahead = threading.Thread(target=compile, name="compile ahead", daemon=True)
         self._ahead.start()
