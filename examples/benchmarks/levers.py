@@ -40,7 +40,7 @@ def interleaved(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str
 
 def grams(repeats: int) -> None:
     """Full, packed, by BLAS, and by JAX's primitive for symmetric products."""
-    names = ["product", "4 packed rows", "BLAS ssyrk", "symmetric_product"]
+    names = ["product", "packed block rows", "BLAS ssyrk", "symmetric_product"]
     print(f"\n### xᵀx of [{ROWS}, d] in float32, over the time of a full product\n")
     print("| d | product, ms | " + " | ".join(names[1:]) + " |")
     print("|---" * (len(names) + 1) + "|")
@@ -57,7 +57,7 @@ def grams(repeats: int) -> None:
         took = interleaved(
             {
                 "product": lambda f=full, x=x: jax.block_until_ready(f(x)),
-                "4 packed rows": lambda f=packed, x=x: jax.block_until_ready(f(x)),
+                "packed block rows": lambda f=packed, x=x: jax.block_until_ready(f(x)),
                 "BLAS ssyrk": lambda x=host: scipy.linalg.blas.ssyrk(1.0, x, trans=1),
                 "symmetric_product": lambda f=symmetric, x=x: jax.block_until_ready(f(x)),
             },
