@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import scipy.linalg
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 
@@ -52,9 +51,9 @@ def eigendecompose(
     symmetric += matrix.T
     symmetric /= 2 * count
     try:
-        values, vectors = scipy.linalg.eigh(
-            symmetric, driver="evd", overwrite_a=True, check_finite=False
-        )
+        # numpy's, which lets other threads run: scipy's wrapper of the same routine holds the
+        # interpreter's lock, so that two threads took as long as one.
+        values, vectors = np.linalg.eigh(symmetric)
     except np.linalg.LinAlgError as error:
         raise NumericsError(
             f"the eigendecomposition of {name} did not converge: {error}"
