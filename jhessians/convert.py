@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from jhessians.config import PRECISIONS
 from jhessians.errors import ConfigError
 from jhessians.options import option
 from jhessians.progress import Progress
+from jhessians.statistics_options import PRECISIONS
 
 CHECKPOINTS, OUTPUT = "checkpoints", "output"
 FORMATS = {"flax": "Flax (Orbax)", "hf": "Hugging Face"}

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jhessians.config import METHODS, ComputeConfig
+from jhessians.config import ComputeConfig
 from jhessians.errors import ConfigError
 from jhessians.methods.autocorrelation_options import AUTOCORRELATION
 from jhessians.options import Option, options_of
 from jhessians.precision import HIGHEST
+from jhessians.statistics_options import METHODS
 
 HEAD_AXIS = 2  # the features' of [document, position, feature]
 

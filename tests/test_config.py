@@ -6,11 +6,12 @@ import json
 import pytest
 import yaml
 
-from jhessians.config import METHODS, ComputeConfig
+from jhessians.config import ComputeConfig
 from jhessians.errors import ConfigError
 from jhessians.interop.export import write_config
 from jhessians.options import options_of
 from jhessians.provenance import CONFIG_FILE, config_document, to_bergson_dict
+from jhessians.statistics_options import METHODS
 
 DENSE = {"method": "autocorrelation"}
 REAL = {"model": "org/model", "dataset": "docs.jsonl"}
