@@ -114,11 +114,11 @@ class Pass:
         done, running = 0, None
         for group in self._groups(batches):
             statistics, losses = self._step(*self._arguments(group, statistics, operands))
-            if not running:
-                return_freed_memory()
             # The host is one call ahead of the devices, never more.
             if running:
                 done = self._finish(done, *running, advance)
+            else:  # it was compiled just now
+                return_freed_memory()
             running = (group, losses)
         if running:
             self._finish(done, *running, advance)
