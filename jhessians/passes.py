@@ -180,11 +180,11 @@ class Pass:
     def _groups(self, batches: Iterable[PyTree[np.ndarray]]) -> Iterator[list[PyTree[np.ndarray]]]:
         """Batches in order, those of one call together."""
         group: list[PyTree[np.ndarray]] = []
-        size = 1  # a pass begins with few, to show soon that it goes on
+        size = 1  # a pass begins with one, to show soon how it goes on
         for batch in batches:
             if group and (len(group) == size or _shapes(batch) != _shapes(group[0])):
                 yield group
-                size, group = min(2 * size, self._batches_of_a_call(batch)), []
+                size, group = self._batches_of_a_call(batch), []
             group.append(batch)
         if group:
             yield group

@@ -236,8 +236,8 @@ def test_a_call_sums_several_batches(monkeypatch):
         made.run(batches)
         return calls
 
-    assert sizes([one] * 20) == [1, 2, 4, 8, 5]
-    assert sizes([one] * 4 + [other] * 9) == [1, 2, 1, 8, 1]
+    assert sizes([one] * 20) == [1, 8, 8, 3]
+    assert sizes([one] * 4 + [other] * 9) == [1, 3, 8, 1]
     # Where one batch is enough work for a call, it has a call of its own.
     monkeypatch.setattr(passes, "WORK_OF_A_CALL", 8 * 2 * I * O)
     assert sizes([one] * 3) == [1, 1, 1]
