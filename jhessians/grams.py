@@ -11,13 +11,13 @@ from jhessians.errors import NumericsError
 from jhessians.folds.gram import Gram, JointGram
 from jhessians.folds.rows import GradientRows
 from jhessians.folds.second_moment import stack_normalizers
-from jhessians.linalg.eigen import Eigen, eigendecompose, ordered_map, share_by_cost, usable_cores
+from jhessians.linalg.eigen import Eigen, eigendecompose, share_by_cost
 from jhessians.mesh import fetch
 from jhessians.normalizers import Normalizer
 from jhessians.passes import Problem, run_pass
 from jhessians.progress import Progress
 from jhessians.protocol import Site, Statistics
-from jhessians.stages import from_owner, place_rows
+from jhessians.stages import from_owner, place_rows, solved_in_order
 from jhessians.typing import Array, PyTree
 
 STORED = np.dtype(np.float32)  # bergson's, whatever the type of the sums
@@ -169,7 +169,6 @@ def _decompose(
         name = f"the autocorrelation of {matrix.name}"
         return mean, eigendecompose(name, total, count, STORED) if mine else None
 
-    workers = usable_cores()
-    solved = ordered_map(solve, read(), workers=workers, window=(workers + 1) * hosts)
+    solved = solved_in_order(solve, read(), max(matrix.size for matrix in matrices))
     for matrix, owner, (mean, pair) in zip(matrices, owners, solved, strict=True):
         yield matrix.name, mean, from_owner(pair, owner, matrix.size, STORED)

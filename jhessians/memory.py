@@ -1,15 +1,24 @@
-"""What the statistics of a linear take, and how much memory is free, as all hosts see it."""
+"""What statistics and eigendecompositions take, and how much memory all hosts have free."""
 
 import ctypes
 import math
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from jhessians.linalg.eigen import usable_cores
 from jhessians.linalg.symmetric import packed_shapes
 from jhessians.protocol import Site
+
+EIGENDECOMPOSITION = 40
+"""Bytes of an eigendecomposition for each entry of its matrix: float32 in, float64 inside with
+LAPACK's workspace of two more matrices, eigenvectors out."""
+
+SHARE = 0.5
+"""Of a host's free memory, what eigendecompositions may take that go on side by side."""
 
 
 def factor_numbers(site: Site) -> int:
@@ -30,15 +39,27 @@ def gram_numbers(site: Site, projection_dim: int) -> int:
     return row**2 * len(site.slots)
 
 
+def eigendecompositions_at_once(dimension: int) -> int:
+    """How many matrices of so many rows each host may eigendecompose side by side.
+
+    One for each core, or as many as there is memory for: fewest of all hosts, which take turns.
+    """
+    fit = SHARE * _free_on_host() / (EIGENDECOMPOSITION * dimension**2)
+    return max(1, _fewest_of_hosts(min(usable_cores(), int(fit))))
+
+
 def free_memory() -> int:
     """Bytes that are free on each device: the fewest of all hosts, which so decide alike."""
-    free = _free_on_device()
+    return _fewest_of_hosts(_free_on_device())
+
+
+def _fewest_of_hosts(count: int) -> int:
     if jax.process_count() == 1:
-        return free
+        return count
     from jax.experimental import multihost_utils
 
     # Without 64 bits JAX has no integer that is wide enough; seven digits are plenty.
-    return int(multihost_utils.process_allgather(np.float32(free)).min())
+    return int(multihost_utils.process_allgather(np.float32(count)).min())
 
 
 def _free_on_device() -> int:
@@ -52,8 +73,10 @@ def _free_on_device() -> int:
 
 def _free_on_host() -> int:
     """Bytes that the kernel could give this process, or those that a container may have."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    table = dict(line.split(":") for line in lines)
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():  # macOS says only how many there are
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    table = dict(line.split(":") for line in meminfo.read_text().splitlines())
     free = int(table["MemAvailable"].split()[0]) * 1024
     limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
     if limit.is_file() and (allowed := limit.read_text().strip()) != "max":

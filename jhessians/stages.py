@@ -1,9 +1,9 @@
 """What lies between the passes of a fit: the covariances' eigendecompositions."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,15 @@ from jhessians.linalg.eigen import (
     usable_cores,
 )
 from jhessians.linalg.symmetric import unpack
+from jhessians.memory import eigendecompositions_at_once
 from jhessians.mesh import axis_names, fetch
 from jhessians.passes import Problem
 from jhessians.protocol import Site, Statistics
 from jhessians.traversal import shaped_rows
 from jhessians.typing import Array, DTypeLike, PyTree
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 KINDS: tuple[Literal["activation", "gradient"], ...] = ("activation", "gradient")
 
@@ -154,8 +158,7 @@ def eigendecompose_covariances(
             # The others wait for a result, and see from this one that there is none.
             return Eigen(*(np.full((matrix.dimension,) * n, np.nan, dtype) for n in (1, 2)))
 
-    workers = usable_cores()
-    solved = ordered_map(solve, matrices(), workers=workers, window=(workers + 1) * hosts)
+    solved = solved_in_order(solve, matrices(), order[0].dimension)
     bases = Eigenbases({}, {})
     stacks: dict[tuple[str, str], Eigen] = {}
     for matrix, owner, pair in zip(order, owners, solved, strict=True):
@@ -180,6 +183,23 @@ def eigendecompose_covariances(
             bases.vectors.setdefault(site.name, {})[kind] = rows
         advance()
     return bases
+
+
+def solved_in_order(
+    solve: Callable[[Item], Result], tasks: Iterable[Item], dimension: int
+) -> Iterator[Result]:
+    """Eigendecompositions as tasks, as many side by side as cores and memory allow.
+
+    Args:
+        solve: Of a task.
+        tasks: In the same order on every host; each solves its own and passes over the others'.
+        dimension: Rows of the largest matrix.
+    """
+    workers = eigendecompositions_at_once(dimension)
+    return ordered_map(
+        solve, tasks, workers=workers, window=(workers + 1) * jax.process_count(),
+        blas_threads=max(1, usable_cores() // workers),
+    )  # fmt: skip
 
 
 def _empty_stack(layers: int, *entries: np.ndarray) -> Eigen:

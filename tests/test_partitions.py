@@ -3,12 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jhessians import memory, partitions
+from jhessians import partitions
 from jhessians.config import ComputeConfig
 from jhessians.errors import ConfigError
 from jhessians.partitions import factor_bytes, needed_partitions, partition
@@ -120,21 +119,6 @@ def test_automatic_writes_the_number(run, monkeypatch):
     path, said = run(0)
     count = int(said[0].split()[3].rstrip(":"))
     assert count > 1 and f"module_partitions: {count}" in (path / "config.yaml").read_text()
-
-
-def test_free_memory_is_that_of_the_host():
-    free = memory.free_memory()
-    assert 1 << 20 < free < 1 << 50
-    assert jax.local_device_count() * free < 1 << 50
-
-
-def test_free_memory_is_that_of_the_poorest_host(monkeypatch):
-    gather = "jax.experimental.multihost_utils.process_allgather"
-    monkeypatch.setattr(memory, "_free_on_device", lambda: 5 << 30)
-    assert memory.free_memory() == 5 << 30
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    monkeypatch.setattr(gather, lambda mine: np.stack([mine, np.float32(3 << 30), mine]))
-    assert memory.free_memory() == 3 << 30
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):

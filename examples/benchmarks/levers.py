@@ -9,12 +9,14 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from jax import lax
+from jax.lax.linalg import EighImplementation
 from threadpoolctl import threadpool_limits
 
 from jhessians.linalg.eigen import usable_cores
@@ -71,39 +73,61 @@ def grams(repeats: int) -> None:
 def eigenpairs(repeats: int) -> None:
     """LAPACK's drivers in float64, one matrix per core or all cores on one, and JAX's own."""
     cores = usable_cores()
-    names = ["evd", "evr", "evd, all cores on each", "float32 evd"]
-    print(f"\n### Eigenpairs of {cores} matrices, over the time of `evd` with a core for each\n")
-    print("| d | evd, s | " + " | ".join(names[1:]) + " | negative values in float32 |")
-    print("|---" * (len(names) + 2) + "|")
+    names = [
+        "evd, all cores on each",
+        "scipy's evd",
+        "scipy's evr",
+        "JAX's evd",
+        "QDWH",
+        "float32 evd",
+    ]
+    print(f"\n### Eigenpairs of {cores} matrices, over the time of numpy's evd, a core for each\n")
+    print("| d | evd, s | " + " | ".join(names) + " | negative values in float32 |")
+    print("|---" * (len(names) + 3) + "|")
     for d in WIDTHS[1:]:
         covariance = _covariance(d)
         narrow = covariance.astype(np.float32)
-
-        def each(driver: str, matrix: np.ndarray = covariance) -> None:
-            with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cores) as pool:
-                tasks = [
-                    pool.submit(scipy.linalg.eigh, matrix, driver=driver) for _ in range(cores)
-                ]
-                for task in tasks:
-                    task.result()
-
-        def together(matrix: np.ndarray = covariance) -> None:
-            with threadpool_limits(cores, user_api="blas"):
-                for _ in range(cores):
-                    scipy.linalg.eigh(matrix, driver="evd")
-
-        took = interleaved(
-            {
-                "evd": lambda each=each: each("evd"),
-                "evr": lambda each=each: each("evr"),
-                "evd, all cores on each": together,
-                "float32 evd": lambda each=each, narrow=narrow: each("evd", narrow),
-            },
-            repeats,
-        )
-        negative = int((scipy.linalg.eigh(narrow, driver="evd")[0] < 0).sum())
-        cells = " | ".join(f"{took[name] / took['evd']:.2f}" for name in names[1:])
+        ways = {
+            "evd": _each_on_a_core(np.linalg.eigh, covariance),
+            "evd, all cores on each": _all_cores(np.linalg.eigh, covariance),
+            "scipy's evd": _each_on_a_core(partial(scipy.linalg.eigh, driver="evd"), covariance),
+            "scipy's evr": _each_on_a_core(partial(scipy.linalg.eigh, driver="evr"), covariance),
+            "JAX's evd": _each_on_a_core(_by_jax(EighImplementation.QR), covariance),
+            "QDWH": _all_cores(_by_jax(EighImplementation.QDWH), covariance),
+            "float32 evd": _each_on_a_core(np.linalg.eigh, narrow),
+        }
+        took = interleaved(ways, repeats)
+        negative = int((np.linalg.eigh(narrow)[0] < 0).sum())
+        cells = " | ".join(f"{took[name] / took['evd']:.2f}" for name in names)
         print(f"| {d} | {took['evd']:.2f} | {cells} | {negative} |")
+
+
+def _each_on_a_core(eigh: Callable, matrix: np.ndarray) -> Callable[[], None]:
+    def run() -> None:
+        cores = usable_cores()
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cores) as pool:
+            list(pool.map(eigh, [matrix] * cores))
+
+    return run
+
+
+def _all_cores(eigh: Callable, matrix: np.ndarray) -> Callable[[], None]:
+    def run() -> None:
+        with threadpool_limits(usable_cores(), user_api="blas"):
+            for _ in range(usable_cores()):
+                eigh(matrix)
+
+    return run
+
+
+def _by_jax(implementation: EighImplementation) -> Callable[[np.ndarray], object]:
+    eigh = jax.jit(partial(lax.linalg.eigh, implementation=implementation))
+
+    def run(matrix: np.ndarray) -> object:
+        with jax.enable_x64(True):
+            return jax.block_until_ready(eigh(jnp.asarray(matrix)))
+
+    return run
 
 
 def _covariance(d: int) -> np.ndarray:
@@ -119,7 +143,8 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     device = jax.devices()[0]
     print(f"{device.device_kind}, {usable_cores()} cores, jax {jax.__version__}, ", end="")
-    print(f"scipy {scipy.__version__}; medians of {repeats} interleaved runs")
+    print(f"numpy {np.__version__}, scipy {scipy.__version__}; ", end="")
+    print(f"medians of {repeats} interleaved runs")
     grams(repeats)
     eigenpairs(repeats)
 

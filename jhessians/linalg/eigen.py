@@ -1,8 +1,8 @@
 """Eigendecomposition of symmetric positive semi-definite matrices in float64 on the host.
 
 LAPACK's divide and conquer (evd): in float32 the spectrum of a covariance has hundreds of negative
-eigenvalues. A matrix is one task of one thread, the costliest first, so that many run side by
-side.
+eigenvalues. A matrix is one task, the costliest first, and many run side by side, on a core each;
+where memory holds fewer of them than there are cores, each has several.
 """
 
 import os
@@ -35,7 +35,7 @@ def eigendecompose(
 
     Args:
         name: What it is, for error messages.
-        matrix: C, a sum over positions; overwritten if it is float64.
+        matrix: C, a sum over positions; left as it is.
         count: Positions summed; at least 1.
         dtype: Of the result. The computation is in float64.
 
@@ -62,16 +62,21 @@ def eigendecompose(
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, window: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    workers: int,
+    window: int,
+    blas_threads: int = 1,
 ) -> Iterator[Result]:
-    """`function` of every item, in order, on threads that have one BLAS thread each.
+    """`function` of every item, in order, on threads that have BLAS threads of their own.
 
     Items are drawn on the caller's thread, at most `window` ahead of the result that is yielded,
     so that neither all inputs nor all results are in memory at once.
     """
     items = iter(items)
     waiting: deque[Future[Result]] = deque()
-    with threadpool_limits(limits=1, user_api="blas"):
+    with threadpool_limits(limits=blas_threads, user_api="blas"):
         pool = ThreadPoolExecutor(workers)
         try:
             for item in items:

@@ -1,0 +1,53 @@
+"""How much memory is free, and what may run side by side in it."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from threadpoolctl import threadpool_info
+
+from jhessians import memory, stages
+
+
+def test_free_memory_is_that_of_the_host():
+    free = memory.free_memory()
+    assert 1 << 20 < free < 1 << 50
+    assert jax.local_device_count() * free < 1 << 50
+
+
+def test_free_memory_is_that_of_the_poorest_host(monkeypatch):
+    gather = "jax.experimental.multihost_utils.process_allgather"
+    monkeypatch.setattr(memory, "_free_on_device", lambda: 5 << 30)
+    assert memory.free_memory() == 5 << 30
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(gather, lambda mine: np.stack([mine, np.float32(3 << 30), mine]))
+    assert memory.free_memory() == 3 << 30
+
+
+def test_without_linux_all_memory_counts_as_free(monkeypatch):
+    monkeypatch.setattr(memory, "Path", lambda path: Path("/nowhere") / path.lstrip("/"))
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    assert memory.free_memory() == pages * size // jax.local_device_count()
+
+
+def test_eigendecompositions_are_as_many_as_cores_or_memory_allow(monkeypatch):
+    monkeypatch.setattr(memory, "usable_cores", lambda: 16)
+    monkeypatch.setattr(memory, "_free_on_host", lambda: 64 << 30)
+    assert memory.eigendecompositions_at_once(4096) == 16
+    # 28,672 rows: 33 GB of workspace each, and half of what is free may be taken.
+    assert memory.eigendecompositions_at_once(28672) == 1
+    assert memory.eigendecompositions_at_once(14336) == 4
+    monkeypatch.setattr(memory, "_free_on_host", lambda: 1)
+    assert memory.eigendecompositions_at_once(4096) == 1
+
+
+def test_where_few_matrices_fit_each_has_several_cores(monkeypatch):
+    monkeypatch.setattr(stages, "usable_cores", lambda: 6)
+
+    def threads(_):
+        return {p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"}
+
+    for workers, each in ((6, 1), (3, 2), (4, 1), (1, 6)):
+        monkeypatch.setattr(stages, "eigendecompositions_at_once", lambda _, n=workers: n)
+        assert list(stages.solved_in_order(threads, range(3), 10)) == [{each}] * 3
