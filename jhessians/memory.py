@@ -13,9 +13,9 @@ from jhessians.linalg.eigen import usable_cores
 from jhessians.linalg.symmetric import packed_shapes
 from jhessians.protocol import Site
 
-EIGENDECOMPOSITION = 40
-"""Bytes of an eigendecomposition for each entry of its matrix: float32 in, float64 inside with
-LAPACK's workspace of two more matrices, eigenvectors out."""
+EIGENDECOMPOSITION = 44
+"""Bytes of an eigendecomposition for each entry of its matrix, as measured: float32 in, and float64
+for the matrix, numpy's copy, LAPACK's workspace of two more, and the eigenvectors."""
 
 SHARE = 0.5
 """Of a host's free memory, what eigendecompositions may take that go on side by side."""

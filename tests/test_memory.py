@@ -35,9 +35,9 @@ def test_eigendecompositions_are_as_many_as_cores_or_memory_allow(monkeypatch):
     monkeypatch.setattr(memory, "usable_cores", lambda: 16)
     monkeypatch.setattr(memory, "_free_on_host", lambda: 64 << 30)
     assert memory.eigendecompositions_at_once(4096) == 16
-    # 28,672 rows: 33 GB of workspace each, and half of what is free may be taken.
+    # 28,672 rows: 36 GB each, and half of what is free may be taken.
     assert memory.eigendecompositions_at_once(28672) == 1
-    assert memory.eigendecompositions_at_once(14336) == 4
+    assert memory.eigendecompositions_at_once(14336) == 3
     monkeypatch.setattr(memory, "_free_on_host", lambda: 1)
     assert memory.eigendecompositions_at_once(4096) == 1
 
