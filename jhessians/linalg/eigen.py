@@ -69,10 +69,15 @@ def ordered_map(
     window: int,
     blas_threads: int = 1,
 ) -> Iterator[Result]:
-    """`function` of every item, in order, on threads that have BLAS threads of their own.
+    """`function` of every item, in order, on threads side by side.
 
-    Items are drawn on the caller's thread, at most `window` ahead of the result that is yielded,
-    so that neither all inputs nor all results are in memory at once.
+    Args:
+        function: May raise, which ends the iteration.
+        items: Drawn on the caller's thread.
+        workers: Threads.
+        window: How many items are drawn ahead of the result that is yielded, so that neither all
+            inputs nor all results are in memory at once.
+        blas_threads: What BLAS may take for each call.
     """
     items = iter(items)
     waiting: deque[Future[Result]] = deque()
