@@ -42,6 +42,17 @@ def test_eigendecompositions_are_as_many_as_cores_or_memory_allow(monkeypatch):
     assert memory.eigendecompositions_at_once(4096) == 1
 
 
+def test_all_hosts_eigendecompose_as_many_side_by_side(monkeypatch):
+    gather = "jax.experimental.multihost_utils.process_allgather"
+    monkeypatch.setattr(memory, "usable_cores", lambda: 16)
+    monkeypatch.setattr(memory, "_free_on_host", lambda: 64 << 30)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(gather, lambda mine: np.stack([mine, np.float32(3)]))
+    assert memory.eigendecompositions_at_once(4096) == 3
+    monkeypatch.setattr(gather, lambda mine: np.stack([mine, np.float32(0)]))
+    assert memory.eigendecompositions_at_once(4096) == 1
+
+
 def test_where_few_matrices_fit_each_has_several_cores(monkeypatch):
     monkeypatch.setattr(stages, "usable_cores", lambda: 6)
 
