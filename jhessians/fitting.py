@@ -52,6 +52,7 @@ def fit(
 
     Raises:
         TypeError: If `batches` is an iterator, which a second pass would find empty.
+        ValueError: If there are no linears.
         NumericsError: If a loss or a covariance isn't finite.
     """
     stages = fit_stages(
@@ -88,6 +89,8 @@ def fit_stages(
     """
     if isinstance(batches, Iterator):
         raise TypeError("batches is an iterator; expected something to iterate twice, as a list")
+    if not problem.sites:
+        raise ValueError("there are no linears to fit; expected some jhessians.Linear in the model")
     progress = progress or Progress(quiet=True)
     dtype = jnp.dtype(dtype)
     if not method.shares_inputs:

@@ -200,3 +200,9 @@ def test_own_model(capsys):
     assert len(jax.devices()) == 8
     losses = [float(row.split("loss ")[1]) for row in run_example("own_model.py", capsys)]
     assert losses[-1] < losses[0] / 100
+
+
+def test_a_model_without_linears_is_refused():
+    problem = jhessians.Problem(lambda model, batch: 0.0, nnx.Module(), {})
+    with pytest.raises(ValueError, match="no linears to fit"):
+        jhessians.fit(problem, [], positions=0, documents=0)
