@@ -29,10 +29,10 @@ from jaxtyping import Array
 from converters import adapters, registry, rules
 from converters.companions import write_companions
 from converters.reader import read_json
+from jhessians.devices.hosts import together
 from jhessians.errors import CheckpointError
-from jhessians.mesh import together
+from jhessians.interop.rundir import RunDirectory, output_error
 from jhessians.models.decoder import Decoder
-from jhessians.rundir import RunDirectory, output_error
 from jhessians.version import __version__
 
 FORMAT_FILE = "flax_checkpoint.json"

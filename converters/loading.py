@@ -22,8 +22,8 @@ from jaxtyping import Array
 from converters import adapters, flax_checkpoint, hub, registry, rules
 from converters.flax_checkpoint import FlaxCheckpoint
 from converters.reader import SlicedTensor, StoredTensor, open_checkpoint
+from jhessians.devices.mesh import mark_sharded, parameter_specs
 from jhessians.errors import CheckpointError, NumericsError
-from jhessians.mesh import mark_sharded, parameter_specs
 from jhessians.models.decoder import Decoder
 
 

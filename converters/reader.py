@@ -26,6 +26,7 @@ WEIGHT_FILES = (
 """What a folder's weights are looked for in, in transformers' order."""
 
 
+@runtime_checkable
 class StoredTensor(Protocol):
     """A tensor in a file."""
 

@@ -17,9 +17,9 @@ from converters import adapters, registry, rules
 from converters.companions import write_companions
 from converters.loading import parameters
 from converters.safetensors_file import write_safetensors
-from jhessians.mesh import fetch
+from jhessians.devices.hosts import fetch
+from jhessians.interop.rundir import RunDirectory
 from jhessians.models.decoder import Decoder
-from jhessians.rundir import RunDirectory
 
 SHARD_BYTES = 50 * 10**9
 """Largest file, in bytes: the one that transformers 5 chooses."""

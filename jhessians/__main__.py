@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
-from jhessians.cli import main
+from jhessians.cli.main import main
 
 OBJECTS_PER_COLLECTION = 100_000
 """Imports and traces make millions of objects that live on: by Python's default, 700, the garbage

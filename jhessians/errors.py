@@ -4,6 +4,9 @@ Every message is one line: what was given, what was expected, what to do. The co
 prints it and exits non-zero; a library caller catches `UserError` or one of its kinds.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Base of every error whose cause lies in the input, not in jhessians."""
@@ -31,3 +34,9 @@ class NumericsError(UserError):
 
 class OutputError(UserError):
     """A result that can't be written: it exists already, the disk is full, no permission."""
+
+
+def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """`; did you mean ...?` for a near miss, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(prefix + each for each in close)}?" if close else ""

@@ -14,10 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from jaxtyping import install_import_hook  # noqa: E402
 
 hook = install_import_hook(
-    [
-        f"jhessians.{name}"
-        for name in ("fitting", "folds", "linalg", "models", "stages", "tape", "traversal")
-    ],
+    [f"jhessians.{name}" for name in ("capture", "fitting", "folds", "linalg", "models")],
     "beartype.beartype",
 )
 

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from jhessians import pipeline
-from jhessians.cli import main
-from jhessians.config import ComputeConfig
+from jhessians.cli.main import main
+from jhessians.commands import compute as pipeline
+from jhessians.commands.compute import compute
+from jhessians.commands.compute_config import ComputeConfig
 from jhessians.data.documents import IGNORED
-from jhessians.pipeline import compute
-from jhessians.progress import Progress
+from jhessians.report.progress import Progress
 from jhessians.report.summary import Summary
 from tests.oracles import bergson, checkpoints, kfac_numpy
 from tests.tolerances import DAMPED_INVERSE, FACTORS, FLOAT64_FACTORS, SCORE_CORRELATION

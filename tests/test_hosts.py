@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jhessians.config import ComputeConfig
+from jhessians.commands.compute import compute
+from jhessians.commands.compute_config import ComputeConfig
 from jhessians.interop.processor import GradientProcessor
-from jhessians.pipeline import compute
-from jhessians.progress import Progress
+from jhessians.report.progress import Progress
 from tests.oracles import bergson, checkpoints
 from tests.test_bergson import EIGENVECTORS, errors
 from tests.tolerances import INVARIANCE

@@ -14,10 +14,10 @@ from jax.sharding import NamedSharding
 import jhessians
 from jhessians.data.batching import Batch
 from jhessians.data.documents import Documents
+from jhessians.devices.mesh import mark_sharded, parameter_specs
 from jhessians.folds.shampoo import Shampoo
 from jhessians.folds.tkfac import TraceCovariance
 from jhessians.interop.export import ArraySource, export_factored
-from jhessians.mesh import mark_sharded, parameter_specs
 from tests import small
 from tests.small import relative_error
 from tests.tolerances import INVARIANCE

@@ -14,11 +14,11 @@ import torch
 import yaml
 from bergson import GradientProcessor as TheirProcessor
 
-from jhessians.cli import main
-from jhessians.config import ComputeConfig
+from jhessians.cli.main import main
+from jhessians.commands.compute import compute
+from jhessians.commands.compute_config import ComputeConfig
 from jhessians.errors import CheckpointError
-from jhessians.pipeline import compute
-from jhessians.progress import Progress
+from jhessians.report.progress import Progress
 from tests.oracles import bergson, checkpoints
 from tests.small import relative_error
 from tests.test_bergson import error, errors, factor_errors

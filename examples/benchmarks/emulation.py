@@ -9,8 +9,8 @@ from jax import lax
 from jax._src.lax.lax import _dot_general_lower  # the rule that the emulation stands in for
 from jax.interpreters import mlir
 
-from jhessians import precision
-from jhessians.precision import HIGHEST, MATMUL_PRECISIONS
+from jhessians.devices import precision
+from jhessians.devices.precision import HIGHEST, MATMUL_PRECISIONS
 
 EMULATED = [name for name in MATMUL_PRECISIONS if name != HIGHEST]
 

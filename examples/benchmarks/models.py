@@ -66,7 +66,7 @@ class Shape:
 
 
 class Linears(NamedTuple):
-    """One linear of every block, as `jhessians.report.arithmetic` counts them."""
+    """One linear of every block, as `jhessians.fitting.arithmetic` counts them."""
 
     name: str
     in_features: int
@@ -91,7 +91,7 @@ class Arithmetic:
 
 
 def needed(shape: Shape, chunk: int) -> Arithmetic:
-    """What no implementation in plain arithmetic does without (`jhessians.report.arithmetic`).
+    """What no implementation in plain arithmetic does without (`jhessians.fitting.arithmetic`).
 
     Args:
         shape: Of the model.

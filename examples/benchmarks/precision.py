@@ -33,11 +33,11 @@ from measure import Tool, read_factor
 
 import converters
 import jhessians
-from jhessians import precision
 from jhessians.data.batching import iterate_batches, plan_batches
 from jhessians.data.sources import DataOptions, load_documents
-from jhessians.precision import HIGHEST, MATMUL_PRECISIONS
-from jhessians.stages import covariance_matrices
+from jhessians.devices import precision
+from jhessians.devices.precision import HIGHEST, MATMUL_PRECISIONS
+from jhessians.fitting.eigenbases import covariance_matrices
 
 HERE = Path(__file__).resolve().parent
 SHAPE, TOKENS, CHUNK = models.Shape(256, 6, 688, 2048), 4096, 256

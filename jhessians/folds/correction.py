@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jhessians.capture.fold import Context
+from jhessians.capture.site import Site
 from jhessians.folds.covariance import masked, with_ones
-from jhessians.protocol import Context, Site
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 

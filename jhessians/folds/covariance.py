@@ -6,15 +6,16 @@ arXiv:2311.00636 (their "expand" setting); equations 18 and 19 of arXiv:2308.032
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jhessians.capture.fold import Context, Fold
+from jhessians.capture.site import Site, Statistics
+from jhessians.devices.hosts import fetch
 from jhessians.linalg.symmetric import packed_gram, packed_shapes, packed_trace
-from jhessians.mesh import fetch
-from jhessians.protocol import Context, Fold, Site, Statistics
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 
@@ -71,6 +72,7 @@ def routed_positions(statistics: Statistics) -> dict[str, np.ndarray]:
     }
 
 
+@runtime_checkable
 class FactorFold(Fold, Protocol):
     """A fold whose sums are one matrix per side of every linear, packed.
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jhessians.capture.fold import Context
+from jhessians.capture.site import Site
 from jhessians.folds.rows import GradientRows
-from jhessians.protocol import Context, Site
 from jhessians.typing import Array, Float, PyTree, UInt32
 
 

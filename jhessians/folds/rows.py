@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jhessians.capture.fold import Context
+from jhessians.capture.site import Site
 from jhessians.folds.covariance import masked, with_ones
+from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.linalg.projection import Projection, Role, project_global
-from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
-from jhessians.protocol import Context, Site
 from jhessians.typing import Array, DTypeLike, Float, UInt32
 
 TOKENS_AT_ONCE = 16  # of which Adam's dense scaling is computed together

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jhessians.capture.fold import Context
+from jhessians.capture.site import Site, Statistics
+from jhessians.devices.hosts import fetch
 from jhessians.errors import CheckpointError
 from jhessians.folds.covariance import masked, with_ones
-from jhessians.mesh import fetch
-from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
-from jhessians.protocol import Context, Site, Statistics
+from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jhessians.capture.fold import Context
+from jhessians.capture.site import Site, Statistics
 from jhessians.folds.covariance import (
     divide_activation_by_trace,
     factor_shapes,
@@ -19,7 +21,6 @@ from jhessians.folds.covariance import (
     with_ones,
 )
 from jhessians.linalg.symmetric import packed_product
-from jhessians.protocol import Context, Site, Statistics
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 

@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from jhessians.capture.tape import tapped_modules
 from jhessians.errors import CheckpointError
+from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.interop.moments import checked_moment
-from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
-from jhessians.tape import tapped_modules
 
 _METADATA = "_METADATA"  # the file that marks a folder of Orbax
 _ADAM = ("mu", "nu")

@@ -20,10 +20,10 @@ from flax import nnx
 from jaxtyping import Float
 
 from jhessians.errors import CheckpointError
+from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.interop.moments import checked_moment
 from jhessians.interop.optax_state import is_orbax, read_optax_state
 from jhessians.interop.torchfile import LazyTensor, open_torch_file
-from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 
 OPTIMIZER_FILE = "optimizer.pt"
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jhessians.errors import CheckpointError
+from jhessians.errors import CheckpointError, did_you_mean
+from jhessians.folds.normalizers import Normalizer
 from jhessians.interop import torchfile
 from jhessians.interop.processor_files import (
     EIGEN_FILE,
@@ -25,9 +26,7 @@ from jhessians.interop.processor_files import (
     read_hessians,
     read_normalizers,
 )
-from jhessians.normalizers import Normalizer
-from jhessians.options import did_you_mean
-from jhessians.rundir import output_error
+from jhessians.interop.rundir import output_error
 
 CONFIG_FILE = "processor_config.yaml"
 LEGACY_CONFIG_FILE = "processor_config.json"

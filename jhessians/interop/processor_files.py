@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float
 
 from jhessians.errors import CheckpointError
+from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.interop import torchfile
 from jhessians.interop.torchfile import LazyTensor
-from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.typing import Array
 
 NORMALIZERS_FILE = "normalizers.pth"

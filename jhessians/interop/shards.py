@@ -23,8 +23,8 @@ from jaxtyping import Shaped
 
 from jhessians.errors import NumericsError
 from jhessians.interop.layout import DTYPES, shard_bounds, shard_name
+from jhessians.interop.rundir import output_error
 from jhessians.interop.sources import TensorSource
-from jhessians.rundir import output_error
 
 BLOCK_BYTES = 64 << 20
 """Rows fetched at a time, in bytes as float32."""

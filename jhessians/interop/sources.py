@@ -6,17 +6,18 @@ array on one device or on many, of one process or of several.
 """
 
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from jhessians.mesh import in_host_memory
+from jhessians.devices.mesh import in_host_memory
 
 Window = tuple[slice, ...]
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """A tensor whose rows can be asked for, a range at a time."""
 

@@ -9,22 +9,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
-from jhessians.config import ComputeConfig
+from jhessians.capture.site import Site
+from jhessians.capture.sites import unshared
+from jhessians.commands.compute_config import ComputeConfig
+from jhessians.config.units import bytes_in_words
 from jhessians.errors import ConfigError
+from jhessians.fitting.autocorrelation import fit_autocorrelations
+from jhessians.fitting.passes import Problem, run_pass
+from jhessians.folds.normalizers import Normalizer
 from jhessians.folds.rows import GradientRows
 from jhessians.folds.second_moment import SecondMoment
-from jhessians.grams import fit_autocorrelations
 from jhessians.interop.export import write_processor
 from jhessians.interop.optax_state import is_orbax
 from jhessians.interop.optimizer_state import load_normalizers
 from jhessians.interop.processor import GradientProcessor
 from jhessians.linalg.projection import Projection
-from jhessians.normalizers import Normalizer
-from jhessians.passes import Problem, run_pass
-from jhessians.protocol import Site
-from jhessians.report.units import bytes_in_words
-from jhessians.run import Run
-from jhessians.traversal import unshared
+from jhessians.methods.run import Run
 
 LARGE_BYTES = 1 << 30  # of all Grams, from which on a user is warned
 

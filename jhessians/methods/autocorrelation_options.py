@@ -1,10 +1,10 @@
-"""Options of `--method autocorrelation`, which `jhessians.config` takes in; no JAX is imported."""
+"""Options of `--method autocorrelation`; no JAX is imported."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jhessians.options import option
+from jhessians.config.option import option
 
 AUTOCORRELATION = "statistics of --method autocorrelation"
 

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from jhessians.config import ComputeConfig
-from jhessians.factors import Kinds, KindShapes, kind_shapes
-from jhessians.fitting import fit_stages
+from jhessians.commands.compute_config import ComputeConfig
+from jhessians.fitting.factors import Kinds, KindShapes, kind_shapes
+from jhessians.fitting.fit import fit_stages
+from jhessians.fitting.partitions import partition
 from jhessians.folds.covariance import Covariance, FactorFold
 from jhessians.folds.shampoo import Shampoo
 from jhessians.folds.tkfac import TraceCovariance
 from jhessians.interop.export import write_kind, write_totals
-from jhessians.partitions import partition
-from jhessians.run import Run
+from jhessians.methods.run import Run
 
 FACTOR_FOLDS: dict[str, Callable[[ComputeConfig, np.dtype], FactorFold]] = {
     "kfac": lambda config, dtype: Covariance(dtype),

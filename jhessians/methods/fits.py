@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from jhessians.methods import autocorrelation, factored
-from jhessians.run import Run
+from jhessians.methods.run import Run
 
 FITS: dict[str, Callable[[Run], None]] = {
     "kfac": factored.fit_run,

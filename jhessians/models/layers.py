@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jhessians.tape import Tapped, attach
+from jhessians.capture.tape import Tapped, attach
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 PRODUCT = "matrix product"

@@ -6,8 +6,8 @@ References:
 
 from flax import nnx
 
+from jhessians.capture.tape import Tapped
 from jhessians.models.layers import Linear, at_least_float32
-from jhessians.tape import Tapped
 from jhessians.typing import Array, DTypeLike, Float
 
 

@@ -8,11 +8,11 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jhessians.experts import Routing, collect, dispatch, route
+from jhessians.capture.routing import Routing, collect, dispatch, route
+from jhessians.capture.tape import Tapped, product
 from jhessians.models.config import DecoderConfig, ExpertsConfig
 from jhessians.models.layers import PRODUCT, Linear, at_least_float32, per_feature
 from jhessians.models.mlp import MLP, gated
-from jhessians.tape import Tapped, product
 from jhessians.typing import Array, DTypeLike, Float, Int
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jhessians.report.units import bytes_in_words
+from jhessians.config.units import bytes_in_words
 
 PROFILE_FILE = "profile.json"
 
@@ -19,7 +19,7 @@ class StageProfile:
         name: As progress shows it.
         seconds: From start to end, compilation included.
         compile_seconds: Of which XLA's compiler or its cache on disk took.
-        flop: What the stage needed (`jhessians.report.arithmetic`); None where products aren't
+        flop: What the stage needed (`jhessians.fitting.arithmetic`); None where products aren't
             what it does.
         written_bytes: By which the run's folder grew, hard links counted once.
         memory_bytes: The process's largest resident size meanwhile.

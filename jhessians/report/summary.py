@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import wrap
 
+from jhessians.config.units import bytes_in_words, count_in_words, seconds_in_words
 from jhessians.report.profile import Profile
-from jhessians.report.units import bytes_in_words, count_in_words, seconds_in_words
 
 WIDTH = 80
 
@@ -49,7 +49,7 @@ class Summary:
         padding_share: Share of computed positions that hold no token, `BatchPlan.padding_share`.
         product: What was fitted, in the plural.
         warnings: One line each.
-        next_shell: A command that consumes the result, see `jhessians.report.next_steps`.
+        next_shell: A command that consumes the result, see `jhessians.commands.next_steps`.
         next_python: The same from Python.
         profile: Of `--profile`.
     """

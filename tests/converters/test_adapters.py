@@ -14,15 +14,15 @@ import converters.hub
 from converters import load, load_tokenizer, save, supported
 from converters.loading import parameters
 from converters.verify import verify
-from jhessians.cli import main
-from jhessians.config import ComputeConfig
+from jhessians.capture.sites import find_sites
+from jhessians.cli.main import main
+from jhessians.commands.compute import compute
+from jhessians.commands.compute_config import ComputeConfig
+from jhessians.devices.mesh import make_mesh
 from jhessians.errors import CheckpointError, ConfigError
-from jhessians.mesh import make_mesh
 from jhessians.models.layers import Linear
 from jhessians.models.lora import LoRA, freeze
-from jhessians.pipeline import compute
-from jhessians.progress import Progress
-from jhessians.traversal import find_sites
+from jhessians.report.progress import Progress
 from tests.converters.comparison import documents, error, our_logits, their_logits
 from tests.oracles import adapters, bergson, checkpoints
 from tests.test_bergson import COVARIANCES, factor_errors

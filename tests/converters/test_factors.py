@@ -9,9 +9,9 @@ import pytest
 
 from converters import decoder_config, supported
 from converters.registry import read_config
-from jhessians.config import ComputeConfig
-from jhessians.pipeline import compute
-from jhessians.progress import Progress
+from jhessians.commands.compute import compute
+from jhessians.commands.compute_config import ComputeConfig
+from jhessians.report.progress import Progress
 from tests.oracles import bergson, capture, checkpoints, kfac_numpy
 from tests.test_bergson import factor_errors
 from tests.tolerances import FACTORS

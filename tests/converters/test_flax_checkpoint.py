@@ -20,9 +20,9 @@ from converters import load, save, save_flax
 from converters.flax_checkpoint import FORMAT_FILE, PARAMETERS
 from converters.loading import parameters
 from converters.verify import verify
+from jhessians.capture.tape import tapped_modules
+from jhessians.devices.mesh import make_mesh
 from jhessians.errors import CheckpointError, NumericsError, OutputError
-from jhessians.mesh import make_mesh
-from jhessians.tape import tapped_modules
 from tests.converters.test_saving import stored
 
 SHARDED = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128}

@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from converters import load, load_tokenizer
 from converters.loading import parameters
 from converters.rope import rope_config
+from jhessians.capture.tape import Tapped, tapped_modules
+from jhessians.devices.mesh import make_mesh
 from jhessians.errors import CheckpointError
-from jhessians.mesh import make_mesh
 from jhessians.models.rope import rotation
-from jhessians.tape import Tapped, tapped_modules
 
 FAMILIES = ["llama", "gpt_neox", "gpt2"]
 

@@ -19,7 +19,7 @@ import pytest
 from converters import load
 from converters.loading import parameters
 from converters.safetensors_file import open_safetensors, write_safetensors
-from jhessians.mesh import make_mesh
+from jhessians.devices.mesh import make_mesh
 
 ALLOWED_SHARE, ALLOWED_BYTES = 0.2, 10**9  # of the checkpoint, and whatever its size
 
@@ -30,7 +30,7 @@ import jax
 from converters import load
 from converters.loading import parameters
 from converters.reader import open_checkpoint
-from jhessians.mesh import make_mesh, start_hosts
+from jhessians.devices.mesh import make_mesh, start_hosts
 
 from tests.converters.test_loading_memory import digests
 

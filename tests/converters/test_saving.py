@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 import converters.saving
 from converters import create, load, save
+from jhessians.devices.mesh import make_mesh
 from jhessians.errors import OutputError
-from jhessians.mesh import make_mesh
 from tests import tolerances
 from tests.converters.comparison import documents, error, our_logits, their_logits
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jhessians.capture.fold import Context
+from jhessians.capture.site import Site
 from jhessians.folds.correction import EigenvalueCorrection
-from jhessians.protocol import Context, Site
 from tests.oracles import kfac_numpy
 from tests.small import relative_error
 from tests.tolerances import FACTORS

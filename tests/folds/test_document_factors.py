@@ -4,10 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jhessians.capture.fold import Context
+from jhessians.capture.site import Site
 from jhessians.folds.shampoo import Shampoo
 from jhessians.folds.tkfac import TraceCovariance
 from jhessians.linalg.symmetric import packed_trace, unpack
-from jhessians.protocol import Context, Site
 from tests.small import relative_error
 from tests.tolerances import FACTORS
 

@@ -14,11 +14,12 @@ import torch
 from bergson.collector.collector import create_module_projection_matrix
 from bergson.collector.projection_matrix import random_matrix
 
+from jhessians.capture.fold import Context, Fold, JointFold
+from jhessians.capture.site import Site
 from jhessians.folds.gram import Gram, JointGram
+from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer
 from jhessians.folds.rows import GradientRows
 from jhessians.linalg.projection import Projection
-from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer
-from jhessians.protocol import Context, Fold, JointFold, Site
 from tests.small import relative_error
 from tests.tolerances import FACTORS
 

@@ -18,11 +18,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from converters import registry
 from converters.parameter_order import named_parameters
 from jhessians.errors import CheckpointError, NumericsError
+from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer
 from jhessians.interop.optax_state import is_orbax, normalizers_from_optax, read_optax_state
 from jhessians.interop.optimizer_state import load_normalizers, read_torch_optimizer
 from jhessians.models.layers import Linear, Stack
 from jhessians.models.moe import ExpertLinear
-from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer
 from tests.oracles.architectures import ARCHITECTURES
 from tests.oracles.families import FAMILIES
 from tests.small import fill

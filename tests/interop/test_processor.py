@@ -15,9 +15,9 @@ from bergson.gradients import GradientProcessor as TheirProcessor
 
 import jhessians
 from jhessians.errors import CheckpointError, OutputError
+from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer
 from jhessians.interop import torchfile
 from jhessians.interop.processor import GradientProcessor
-from jhessians.normalizers import AdafactorNormalizer, AdamNormalizer
 
 MODULES = {"h.0.attn.c_attn": 16, "h.0.mlp.c_fc": 9}
 SETTINGS = {

@@ -1,0 +1,1 @@
+"""How a fold sees every linear: sites, tape, traversal, routing of experts."""

@@ -1,0 +1,71 @@
+"""A site: a linear layer, or all linears of one name in a stack of layers."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Statistics = dict[str, Any]  # site name -> the fold's pytree, with a leading member axis in stacks
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer, or all of a stack's linears of one name, as a fold sees it.
+
+    A stack has a linear for each of its layers, or for each expert of each layer.
+
+    Attributes:
+        name: Its name; `{layer}` and `{expert}` stand for numbers.
+        in_features: I.
+        out_features: O.
+        use_bias: Whether it has a bias.
+        ones: Whether the bias counts as one more input, always one: I' = I + 1.
+        stack: The stack's axes, each with its length, such as (("layer", 12), ("expert", 8));
+            none outside a stack.
+        members: Which of the stack's linears are recorded, ascending: indices into its axes
+            flattened; None outside a stack.
+        input_site: The site that keeps what depends on the input alone: this one, or an earlier
+            one that reads the same array, as key and value do with query.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    use_bias: bool
+    ones: bool = False
+    stack: tuple[tuple[str, int], ...] = ()
+    members: tuple[int, ...] | None = None
+    input_site: str = ""
+
+    @property
+    def inputs(self) -> int:
+        """I', the columns of `a` and of the weight gradient."""
+        return self.in_features + self.ones
+
+    @property
+    def owns_input(self) -> bool:
+        return self.input_site == self.name
+
+    @property
+    def routed(self) -> bool:
+        """Whether its linears are experts, each of which reads some of the positions."""
+        return any(axis == "expert" for axis, _ in self.stack)
+
+    @property
+    def stack_size(self) -> int:
+        """How many linears the stack has, recorded or not."""
+        return math.prod(length for _, length in self.stack)
+
+    @property
+    def slots(self) -> list[int | None]:
+        """Where its arrays' leading axis has each of its modules; None outside a stack."""
+        return [None] if self.members is None else list(range(len(self.members)))
+
+    def module_names(self) -> list[str]:
+        """The full names of the modules that this site stands for, in the order of its arrays."""
+        if self.members is None:
+            return [self.name]
+        axes, lengths = zip(*self.stack, strict=True)
+        indices = (np.unravel_index(member, lengths) for member in self.members)
+        return [self.name.format(**dict(zip(axes, index, strict=True))) for index in indices]

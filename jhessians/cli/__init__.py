@@ -1,0 +1,1 @@
+"""The command line: parsers, help, what reaches the terminal, exit codes."""

@@ -1,0 +1,1 @@
+"""One file per subcommand: options in, library calls, summary out."""

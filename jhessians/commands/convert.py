@@ -1,0 +1,126 @@
+"""`convert`: a Hugging Face checkpoint into an Orbax checkpoint of the Flax module, and back."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from jhessians.config.option import option
+from jhessians.config.statistics import PRECISIONS
+from jhessians.errors import ConfigError
+from jhessians.report.progress import Progress
+
+CHECKPOINTS, OUTPUT = "checkpoints", "output"
+FORMATS = {"flax": "Flax (Orbax)", "hf": "Hugging Face"}
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Options of `convert`."""
+
+    model: str
+    out: str
+
+    to: str | None = option(
+        None,
+        "Format to write: an Orbax checkpoint of the Flax module, or a Hugging Face checkpoint. "
+        "That of MODEL itself writes it anew.",
+        group=CHECKPOINTS, choices=tuple(FORMATS), default_text="the one that MODEL is not",
+    )  # fmt: skip
+    revision: str | None = option(
+        None, "Branch, tag or commit of the model on the Hub.",
+        group=CHECKPOINTS, metavar="REV", default_text="the main branch",
+    )  # fmt: skip
+    dtype: str | None = option(
+        None, "Number format to store.",
+        group=CHECKPOINTS, choices=PRECISIONS, default_text="the checkpoint's own",
+    )  # fmt: skip
+    overwrite: bool = option(
+        False, "Replace OUT once the new checkpoint is complete.", group=OUTPUT
+    )
+    quiet: bool = option(False, "Print nothing but errors.", group=OUTPUT)
+    debug: bool = option(
+        False, "Show the libraries' own messages, and a traceback with every error.", group=OUTPUT
+    )
+
+    def validate(self) -> None:
+        """Raise ConfigError unless both places are named."""
+        for name in ("model", "out"):
+            if not getattr(self, name).strip():
+                raise ConfigError(f"{name.upper()} is empty; give a folder")
+
+    @property
+    def needs_float64(self) -> bool:
+        """Whether some array of JAX's must be in 64 bits."""
+        return self.dtype == "fp64"
+
+
+@dataclass(frozen=True)
+class ConvertSummary:
+    """What `convert` did, for its last line."""
+
+    out: str
+    format: str
+    model_type: str
+    parameters: int
+    dtype: str
+
+    def render(self) -> str:
+        return (
+            f"{self.out}: {FORMATS[self.format]} checkpoint, {self.model_type}, "
+            f"{self.parameters:,} parameters in {self.dtype}"
+        )
+
+
+def convert(config: ConvertConfig, progress: Progress) -> ConvertSummary:
+    """Load a checkpoint and write it in the other format.
+
+    The parameters are spread over all devices; every process of a run on several hosts calls this.
+
+    Raises:
+        ConfigError: If a place isn't named.
+        CheckpointError: If the model can't be loaded.
+        NumericsError: If a weight isn't finite.
+        OutputError: If the result can't be written.
+    """
+    # JAX takes long to import: --help must not wait for it.
+    import jax
+
+    from converters import flax_checkpoint, hub, load, saving
+    from converters.loading import parameters
+    from jhessians.devices.hosts import start_hosts, together
+    from jhessians.devices.mesh import make_mesh
+    from jhessians.interop.layout import DTYPES
+    from jhessians.interop.rundir import RunDirectory
+
+    config.validate()
+    start_hosts()
+    first = jax.process_index() == 0
+    progress.quiet |= not first
+    mesh = make_mesh()
+    spread: dict[str, Any] = {"mesh": mesh, "fsdp": True} if mesh.size > 1 else {}
+    with ExitStack() as stack:
+        with together():
+            directory = RunDirectory(config.out, config.overwrite, writer=first)
+            part = stack.enter_context(directory)
+        with progress.stage("Model"), together():
+            source = hub.find(config.model, config.revision)
+            target = config.to or ("hf" if flax_checkpoint.is_flax(source.folder) else "flax")
+            dtype = None if config.dtype is None else DTYPES[config.dtype][1]
+            model, settings, tokenizer = load(
+                config.model, dtype=dtype, revision=config.revision, **spread
+            )
+        with progress.stage("Writing"):
+            write = flax_checkpoint.write_flax if target == "flax" else saving.write
+            write(model, settings, part, tokenizer)
+        with together():
+            stack.close()
+    arrays = [variable.get_value() for variable in parameters(model).values()]
+    return ConvertSummary(
+        out=config.out,
+        format=target,
+        model_type=settings.model_type,
+        parameters=sum(array.size for array in arrays),
+        dtype=arrays[0].dtype.name,
+    )

@@ -1,0 +1,1 @@
+"""What an option is, the tables of options, and the record that replays a run."""

@@ -1,0 +1,115 @@
+"""Options of where and how a `compute` run works, and what it writes; no JAX is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jhessians.config.option import option
+from jhessians.interop.layout import Layout
+
+MACHINE = "machine"
+OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where a run computes, and what it writes and prints."""
+
+    token_batch_size: int = option(
+        2048,
+        "Tokens that one device takes in one step, padding included; lower it when memory "
+        "runs out.",
+        group=MACHINE,
+        metavar="TOKENS",
+        unit="tokens",
+        minimum=2,
+        default_text="2048 tokens per device",
+        bergson="index_cfg.token_batch_size",
+    )
+    world_size: int | None = option(
+        None,
+        "Devices to use.",
+        group=MACHINE,
+        kind="integer",
+        metavar="N",
+        unit="devices",
+        minimum=1,
+        default_text="all devices",
+    )
+    fsdp: bool = option(
+        False,
+        "Spread the model's weights over the devices instead of copying them to each.",
+        group=MACHINE,
+        bergson="index_cfg.fsdp",
+    )
+
+    activations: str = option(
+        "auto",
+        "For the backward pass, store every layer's matrix products (faster) or recompute a layer "
+        "from its input (leaner; known as activation checkpointing or rematerialization). auto: "
+        "store if that takes at most half of the memory that model and factors leave free.",
+        group=MACHINE,
+        choices=("auto", "store", "recompute"),
+    )
+    module_partitions: int = option(
+        1,
+        "Fit the modules in so many groups, one after the other, each with passes of its own: "
+        "fewer factors are in memory at a time. auto: as few groups as memory needs.",
+        group=MACHINE,
+        metavar="N",
+        minimum=0,
+        words={"auto": 0},
+        default_text="1, all at once",
+        bergson="hessian_cfg.module_partitions",
+    )
+    num_shards: int | None = option(
+        None,
+        "Files per factor on disk; bergson reads shards in as many processes.",
+        group=OUTPUT,
+        kind="integer",
+        metavar="N",
+        unit="files",
+        minimum=1,
+        default_text="the world size",
+    )
+    layout: Layout = option(
+        "both",
+        "File trees to write: bergson 2.5.1's, the older influence_results tree (seed), or "
+        "both with shared files.",
+        group=OUTPUT,
+        choices=("both", "bergson", "seed"),
+    )
+    overwrite: bool = option(
+        False,
+        "Replace RUN_PATH if it exists.",
+        group=OUTPUT,
+        bergson="index_cfg.overwrite",
+    )
+    profile: bool = option(
+        False,
+        "After the summary, print each stage's seconds, arithmetic, share of the machine's peak "
+        "and memory, and write them to profile.json.",
+        group=OUTPUT,
+    )
+    profile_trace: str | None = option(
+        None,
+        "Write a trace of the run for XProf and Perfetto to this folder; take few tokens, since "
+        "traces grow fast.",
+        group=OUTPUT,
+        metavar="DIR",
+        default_text="none",
+    )
+    quiet: bool = option(
+        False,
+        "Print nothing but errors.",
+        group=OUTPUT,
+    )
+    debug: bool = option(
+        False,
+        "Show the libraries' own messages, and a traceback with every error.",
+        group=OUTPUT,
+        bergson="index_cfg.debug",
+    )
+
+
+# A dataclass has its last base's fields first.

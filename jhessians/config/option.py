@@ -1,0 +1,179 @@
+"""The shape of one option: what the parser, `--help` and config.yaml all read.
+
+A run's options are the fields of a frozen dataclass; `option` hangs on each what a reader
+needs to know, and `check` turns a value from a terminal or a file into the field's type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from jhessians.errors import ConfigError, did_you_mean
+
+Kind = Literal["text", "integer", "number", "flag", "list"]
+
+_TYPES: dict[str, tuple[Any, str]] = {
+    "text": (str, "text"),
+    "integer": (int, "a whole number"),
+    "number": ((int, float), "a number"),
+    "flag": (bool, "true or false"),
+}
+TRUE_WORDS = ("true", "yes", "on", "1")
+FALSE_WORDS = ("false", "no", "off", "0")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of one option besides its value.
+
+    Attributes:
+        name: The field's name; `--name` on the command line.
+        default: The value when nothing is said.
+        help: One or two sentences.
+        group: Heading in `--help`.
+        kind: How a value is read.
+        unit: Unit of an integer, such as "tokens".
+        metavar: Placeholder for the value in `--help`.
+        choices: The only values allowed, if any.
+        minimum: Smallest number allowed.
+        maximum: Largest number allowed.
+        default_text: The default in words, where the value alone says too little.
+        words: Words that stand for numbers.
+        bergson: Dotted place in bergson's config.yaml, empty if the option is ours alone.
+    """
+
+    name: str
+    default: Any
+    help: str
+    group: str
+    kind: Kind
+    unit: str = ""
+    metavar: str = ""
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    default_text: str = ""
+    words: Mapping[str, int] = field(default_factory=dict)
+    bergson: str = ""
+
+    @property
+    def default_in_words(self) -> str:
+        """The default as a reader sees it, with its unit."""
+        if self.default_text:
+            return self.default_text
+        if isinstance(self.default, bool):
+            return "true" if self.default else "false"
+        return f"{self.default} {self.unit}".rstrip()
+
+
+def option(default: Any, help: str, *, group: str, kind: Kind | None = None, **more: Any) -> Any:
+    """A dataclass field that carries an `Option`; `kind` follows the default unless given."""
+    kinds: dict[type, Kind] = {
+        bool: "flag", int: "integer", float: "number", str: "text", tuple: "list"
+    }  # fmt: skip
+    kind = kind or kinds.get(type(default), "text")
+    return field(default=default, metadata={"help": help, "group": group, "kind": kind} | more)
+
+
+def options_of(config_class: type) -> tuple[Option, ...]:
+    """The options of a config dataclass, in order; fields without help text are left out."""
+    return tuple(
+        Option(name=each.name, default=each.default, **each.metadata)
+        for each in dataclasses.fields(config_class)
+        if "help" in each.metadata
+    )
+
+
+def parse_flag(word: str) -> bool:
+    """Read `true` or `false` as typed.
+
+    Raises:
+        ConfigError: If the word is neither.
+    """
+    if word.lower() in TRUE_WORDS:
+        return True
+    if word.lower() in FALSE_WORDS:
+        return False
+    raise ConfigError(f"{word!r} is neither true nor false")
+
+
+def check(option: Option, value: Any) -> Any:
+    """Bring a value to an option's type and refuse what it does not allow.
+
+    Args:
+        option: The option that is set.
+        value: What a caller, a terminal or a YAML file gave.
+
+    Returns:
+        The value as the config dataclass holds it.
+
+    Raises:
+        ConfigError: If the type, the choice or the range is wrong.
+    """
+    if value is None or (value == "" and option.default is None):
+        if option.default is None:
+            return None
+        raise ConfigError(
+            f"--{option.name} needs a value; leave it out for {option.default_in_words}"
+        )
+    if option.kind == "list":
+        words = value.split(",") if isinstance(value, str) else value
+        if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+            raise ConfigError(f"--{option.name} takes a list of names, got {value!r}")
+        return tuple(part for word in words for part in word.replace(",", " ").split())
+    value = option.words.get(value, value) if isinstance(value, str) else value
+    expected, words = _TYPES[option.kind]
+    # A bool is an int to Python, yet `seed: true` is a slip.
+    if not isinstance(value, expected) or (option.kind != "flag" and isinstance(value, bool)):
+        raise ConfigError(f"--{option.name} takes {words}, got {value!r}")
+    if option.kind == "number":
+        value = float(value)
+    if option.choices and value not in option.choices:
+        hint = did_you_mean(value, option.choices)
+        raise ConfigError(
+            f"--{option.name} {value!r} is not one of {', '.join(option.choices)}{hint}"
+        )
+    if option.minimum is not None and value < option.minimum:
+        raise ConfigError(f"--{option.name} must be at least {option.minimum}, got {value}")
+    if option.maximum is not None and value > option.maximum:
+        raise ConfigError(f"--{option.name} must be at most {option.maximum}, got {value}")
+    return value
+
+
+def check_all(
+    options: Iterable[Option], values: Mapping[str, Any], *, where: str
+) -> dict[str, Any]:
+    """Check every value of a mapping, unknown names included.
+
+    Args:
+        options: The options that exist.
+        values: Name to value.
+        where: Where the values come from, for the message.
+
+    Raises:
+        ConfigError: If a name is unknown or a value is wrong.
+    """
+    known = {each.name: each for each in options}
+    for name in values:
+        if name not in known:
+            hint = did_you_mean(str(name), known)
+            raise ConfigError(f"{where} sets an unknown option {name!r}{hint}")
+    return {name: check(known[name], value) for name, value in values.items()}
+
+
+def matching(flag: str, patterns: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The modules that the globs of an option stand for, in the modules' order.
+
+    Raises:
+        ConfigError: If a pattern matches nothing, with near misses.
+    """
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            hint = did_you_mean(pattern, names) or f"; there is {names[0]}, for example"
+            raise ConfigError(f"--{flag} {pattern!r} matches none of {len(names)} modules{hint}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

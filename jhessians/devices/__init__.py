@@ -1,0 +1,1 @@
+"""Devices and hosts: the mesh, memory, precision of products."""

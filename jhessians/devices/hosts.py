@@ -1,0 +1,112 @@
+"""Several hosts: how they join, agree, fail together and bring an array to all of them."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from jhessians.devices.mesh import in_host_memory
+from jhessians.errors import MeshError, UserError
+from jhessians.typing import Array
+
+
+def start_hosts() -> None:
+    """Join the other hosts of this run, if the environment names a coordinator.
+
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say where, of how
+    many, and which one this is; on TPU pods and under SLURM the address alone is enough.
+
+    Raises:
+        MeshError: If they make no sense, or the others don't come within five minutes.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if not address or jax.distributed.is_initialized():
+        return
+    count, index = (_whole_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    # Its handler of SIGTERM would take the place of ours, and end nothing.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(address, count, index)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MeshError(
+            f"process {index} of {count} cannot join the others at {address}: {reason}; check "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
+
+
+def _whole_number(name: str) -> int | None:
+    value = os.environ.get(name)
+    if value is not None and not value.isdecimal():
+        raise MeshError(f"{name} is {value!r}; expected a whole number")
+    return None if value is None else int(value)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails on one host in the block fails on all, so that none waits for it for ever.
+
+    Raises:
+        UserError: On the hosts that did not fail: of the kind, and with the message, of the first
+            one that did.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if jax.process_count() > 1:
+        line = "" if failure is None else f"{type(failure).__name__}:{failure}"
+        for host, (kind, _, message) in enumerate(x.partition(":") for x in _everyones(line)):
+            if kind and failure is None:
+                kinds = {each.__name__: each for each in UserError.__subclasses__()}
+                raise kinds.get(kind, UserError)(f"process {host} failed: {message}")
+    if failure is not None:
+        raise failure
+
+
+def require_same(what: str, *values: Any) -> None:
+    """Check that all hosts have equal values, before they set out to compute together.
+
+    Args:
+        what: For the message, in the plural.
+        values: Arrays, or objects whose `repr` tells them apart.
+
+    Raises:
+        MeshError: On every host, if one differs.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    if len(set(_everyones(digest.hexdigest()))) > 1:
+        raise MeshError(
+            f"{what} differ between the {jax.process_count()} processes of this run; give all of "
+            "them the same command and the same files"
+        )
+
+
+def _everyones(line: str, length: int = 1024) -> list[str]:
+    """The line of every process, cut at `length` bytes."""
+    from jax.experimental import multihost_utils
+
+    buffer = np.zeros(length, np.uint8)
+    encoded = line.encode()[:length]
+    buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    rows = multihost_utils.process_allgather(buffer)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def fetch(array: Array, index: Callable[[Array], Array] = lambda x: x) -> np.ndarray:
+    """Bring `index(array)` to every host as numpy."""
+    part = index(in_host_memory(array))
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(part, tiled=True))
+    return np.asarray(part)

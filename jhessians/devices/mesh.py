@@ -1,0 +1,127 @@
+"""Devices: the mesh, how arrays lie on it, and how a host's data gets there.
+
+One set of devices serves three purposes at once: documents are spread over it, rows of statistics
+are sharded over it, and with `fsdp` so are the model's parameters. All of its axes always act
+together; there are several only so that each collective runs over a short one.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jhessians.errors import MeshError
+from jhessians.typing import Array, PyTree
+
+SMALLEST_SHARD = 128  # elements of a parameter per device, under which it is copied to all
+# Measured: from 16 chips on, XLA turns a reduce-scatter over a flat axis into an all-reduce.
+LONGEST_AXIS = 8
+
+
+def make_mesh(devices: int | None = None) -> Mesh:
+    """A mesh of the first `devices` devices of all hosts, by default of all.
+
+    Raises:
+        MeshError: If there are fewer, or a host would be left without one.
+    """
+    available = jax.devices()
+    count = len(available) if devices is None else devices
+    if not 1 <= count <= len(available):
+        hint = (
+            "; virtual ones come from XLA_FLAGS=--xla_force_host_platform_device_count=N"
+            if jax.default_backend() == "cpu"
+            else ""
+        )
+        raise MeshError(
+            f"--world_size asks for {count} devices, but JAX sees {len(available)} "
+            f"({available[0].platform}); ask for 1 to {len(available)}{hint}"
+        )
+    if jax.process_count() > 1 and count != len(available):
+        raise MeshError(
+            f"--world_size {count} would leave some of the {jax.process_count()} hosts idle; "
+            f"with several hosts use all {len(available)} devices"
+        )
+    shape = _axis_sizes(count)
+    names = tuple(f"devices{i}" for i in range(len(shape)))
+    return jax.make_mesh(
+        shape, names, devices=available[:count],
+        axis_types=(jax.sharding.AxisType.Auto,) * len(shape),
+    )  # fmt: skip
+
+
+def _axis_sizes(count: int) -> tuple[int, ...]:
+    """`count` as a product of factors up to LONGEST_AXIS, where its divisors allow."""
+    sizes = []
+    while count > LONGEST_AXIS:
+        factor = next((f for f in range(LONGEST_AXIS, 1, -1) if count % f == 0), count)
+        sizes.append(factor)
+        count //= factor
+    return (*sizes, count) if count > 1 or not sizes else tuple(sizes)
+
+
+def axis_names(mesh: Mesh) -> tuple[str, ...]:
+    """All axes, in the order in which they shard rows."""
+    return tuple(mesh.axis_names)
+
+
+def mark_sharded(model: nnx.Module, mesh: Mesh, *, stacked: bool = False) -> None:
+    """Note in each parameter's metadata along which axis `fsdp` shards it.
+
+    The axis is counted from the end, so that it holds with and without a stack's layer axis: the
+    longer of a matrix's two that the devices divide. Vectors and small matrices stay whole.
+
+    Args:
+        model: Arrays or shapes.
+        mesh: The devices.
+        stacked: Whether `model` is a stack's block, whose parameters have a layer axis in front.
+    """
+    for parameter in vars(model).values():
+        if isinstance(parameter, nnx.Param) and mesh.size > 1:
+            shape = parameter.shape[stacked:]
+            fits = [i for i in (-1, -2) if len(shape) > 1 and shape[i] % mesh.size == 0]
+            if fits and math.prod(shape) >= mesh.size * SMALLEST_SHARD:
+                parameter.set_metadata(sharded_axis=max(fits, key=lambda i: shape[i]))
+    for _, child in nnx.iter_module_children(model):
+        mark_sharded(child, mesh, stacked=stacked or getattr(model, "scans", False))
+
+
+def parameter_specs(state: nnx.State, mesh: Mesh) -> PyTree[P]:
+    """One spec per parameter, in the structure of `state`."""
+
+    def spec(variable: Any) -> Any:
+        axis = variable.get_metadata().get("sharded_axis")
+        if axis is None:
+            return variable.replace(P())
+        parts: list[Any] = [None] * len(variable.shape)
+        parts[axis] = axis_names(mesh)
+        return variable.replace(P(*parts))
+
+    return jax.tree.map(spec, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def put_batches(batches: PyTree[np.ndarray], mesh: Mesh | None) -> PyTree[Array]:
+    """Spread this host's rows of stacked batches [batch, document, ...] over its devices.
+
+    Together they are the global batches. Without a mesh they are left as they are.
+    """
+    if mesh is None:
+        return batches
+    sharding = NamedSharding(mesh, P(None, axis_names(mesh)))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batches
+    )
+
+
+def in_host_memory(array: Array) -> Any:
+    """The array, as numpy where it lies in the host's memory anyway, in one piece.
+
+    So what is cut out of it is a view, and nothing is compiled to cut it out.
+    """
+    if isinstance(array, jax.Array) and array.is_fully_addressable and len(array.devices()) == 1:
+        (device,) = array.devices()
+        return np.asarray(array) if device.platform == "cpu" else array
+    return array

@@ -1,0 +1,1 @@
+"""A fit: passes over the data, eigenbases, factors, and how they share the memory."""

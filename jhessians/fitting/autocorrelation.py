@@ -1,0 +1,174 @@
+"""Autocorrelation Hessians in memory: one pass over the data, then eigendecompositions."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jhessians.capture.site import Site, Statistics
+from jhessians.devices.hosts import fetch
+from jhessians.errors import NumericsError
+from jhessians.fitting.eigenbases import from_owner, place_rows, solved_in_order
+from jhessians.fitting.passes import Problem, run_pass
+from jhessians.folds.gram import Gram, JointGram
+from jhessians.folds.normalizers import Normalizer
+from jhessians.folds.rows import GradientRows
+from jhessians.folds.second_moment import stack_normalizers
+from jhessians.linalg.eigen import Eigen, eigendecompose, share_by_cost
+from jhessians.report.progress import Progress
+from jhessians.typing import Array, PyTree
+
+STORED = np.dtype(np.float32)  # bergson's, whatever the type of the sums
+
+
+class Autocorrelations(NamedTuple):
+    """What is known of every module, or of every head of those that are split.
+
+    Attributes:
+        hessians: Name → mean outer product of gradient rows, [d, d].
+        eigen: Name → its eigenpairs, values ascending.
+    """
+
+    hessians: dict[str, Float[np.ndarray, "d d"]]
+    eigen: dict[str, Eigen]
+
+
+def fit_autocorrelations(
+    problem: Problem,
+    batches: Iterable[PyTree[np.ndarray]],
+    rows: GradientRows,
+    *,
+    count: int,
+    joint: bool = False,
+    normalizers: Mapping[str, Normalizer] | None = None,
+    progress: Progress | None = None,
+    positions: int | None = None,
+) -> Autocorrelations:
+    """Grams of gradient rows divided by their number, with eigenpairs.
+
+    Args:
+        problem: Loss, model and linears, none of which shares its input's statistics
+            (`jhessians.capture.traversal.unshared`).
+        batches: With a mesh, this host's rows.
+        rows: How a gradient becomes a row.
+        count: How many rows there are: documents (those without a gradient included) or tokens.
+        joint: Whether the modules' projections are summed, and there is one Hessian, "joint".
+        normalizers: Module's full name → what its gradients are divided by; none by default.
+        progress: Where stages are shown.
+        positions: How many positions count in all batches, for the progress.
+
+    Raises:
+        CheckpointError: If a module has no normalizer that fits, while others have.
+        NumericsError: If a loss or a Gram isn't finite.
+    """
+    progress = progress or Progress(quiet=True)
+    fold = JointGram(rows) if joint else Gram(rows)
+    operands = row_operands(problem, rows, joint=joint, normalizers=normalizers)
+    with progress.stage("Grams", positions, "positions") as stage:
+        statistics = run_pass(
+            fold, problem, batches, dtype=rows.dtype, operands=operands,
+            advance=stage.advance,
+        )  # fmt: skip
+    matrices = list(_matrices(problem.sites, rows, joint))
+    with progress.stage("Eigendecompositions", len(matrices), "matrices") as stage:
+        result = Autocorrelations({}, {})
+        for name, matrix, pair in _decompose(matrices, statistics, count):
+            result.hessians[name] = matrix
+            result.eigen[name] = pair
+            stage.advance()
+    return result
+
+
+def row_operands(
+    problem: Problem,
+    rows: GradientRows,
+    *,
+    joint: bool = False,
+    normalizers: Mapping[str, Normalizer] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The operands that `GradientRows` needs, by site: its keys and its normalizer.
+
+    Arguments and errors are those of `fit_autocorrelations`.
+    """
+    stacked = stack_normalizers(problem.sites, normalizers) if normalizers else {}
+    operands: dict[str, dict[str, Any]] = {}
+    for name, site in problem.sites.items():
+        axis = 0 if site.members is None else 1
+
+        def place(x: Array | np.ndarray, axis: int = axis) -> Array:
+            return place_rows(np.asarray(x), problem.mesh, axis=axis)
+
+        here = operands.setdefault(name, {})
+        if name in stacked:
+            here["normalizer"] = jax.tree.map(place, stacked[name])
+        if rows.projection is not None:
+            keys = [
+                rows.global_keys(site, module)
+                if joint
+                else rows.matrix_keys(site, module, stacked.get(name))
+                for module in site.module_names()
+            ]
+            here["keys"] = place(keys[0] if site.members is None else np.stack(keys))
+    return operands
+
+
+class _Matrix(NamedTuple):
+    """One Gram: its name, and where it lies among the statistics."""
+
+    name: str
+    key: str
+    slot: int | None
+    start: int
+    size: int
+
+    def read(self, statistics: Statistics) -> Float[np.ndarray, "d d"]:
+        """The sum, on every host."""
+        rows = slice(self.start, self.start + self.size)
+
+        def take(x: Array) -> Array:
+            return x[rows] if self.slot is None else x[self.slot, rows]
+
+        return fetch(statistics[self.key], take)
+
+
+def _matrices(sites: Mapping[str, Site], rows: GradientRows, joint: bool) -> Iterator[_Matrix]:
+    if joint:
+        assert rows.projection is not None
+        yield _Matrix(JointGram.joint, JointGram.joint, None, 0, rows.projection.dimension)
+        return
+    for site in sites.values():
+        size = rows.unit_size(site)
+        for slot, module in zip(site.slots, site.module_names(), strict=True):
+            for head, name in enumerate(rows.unit_names(site, module)):
+                yield _Matrix(name, site.name, slot, head * size, size)
+
+
+def _decompose(
+    matrices: list[_Matrix], statistics: Statistics, count: int
+) -> Iterator[tuple[str, Float[np.ndarray, "d d"], Eigen]]:
+    """Name, Hessian and eigenpairs of every matrix, the work divided among hosts."""
+    hosts, host = jax.process_count(), jax.process_index()
+    owners = share_by_cost([matrix.size for matrix in matrices], hosts)
+
+    def read() -> Iterator[tuple[_Matrix, np.ndarray, bool]]:
+        for matrix, owner in zip(matrices, owners, strict=True):
+            total = matrix.read(statistics).astype(np.float64)
+            # On all hosts: one that failed alone would leave the others waiting.
+            if not np.isfinite(total).all():
+                raise NumericsError(
+                    f"the autocorrelation of {matrix.name} holds NaN or infinity; expected finite "
+                    "numbers: check the weights, or use --precision fp32"
+                )
+            yield matrix, total, owner == host
+
+    def solve(task: tuple[_Matrix, np.ndarray, bool]) -> tuple[np.ndarray, Eigen | None]:
+        matrix, total, mine = task
+        mean = ((total + total.T) / (2 * count)).astype(STORED)
+        name = f"the autocorrelation of {matrix.name}"
+        return mean, eigendecompose(name, total, count, STORED) if mine else None
+
+    solved = solved_in_order(solve, read(), max(matrix.size for matrix in matrices))
+    for matrix, owner, (mean, pair) in zip(matrices, owners, solved, strict=True):
+        yield matrix.name, mean, from_owner(pair, owner, matrix.size, STORED)

@@ -1,0 +1,128 @@
+"""The exporter's view of a fit: for each kind of factor, every module's tensor by name.
+
+Nothing is copied here. Rows are cut from stacked, packed or factored arrays when they are asked
+for, and modules that share an input share its arrays.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+from jhessians.capture.site import Site, Statistics
+from jhessians.fitting.eigenbases import Eigenbases, Matrix, PositionCounts
+from jhessians.interop.sources import ArraySource, ScaledSource, TensorSource
+
+Kinds = dict[str, dict[str, TensorSource]]
+KindShapes = dict[str, dict[str, tuple[int, ...]]]
+
+
+def covariance_sources(sites: Mapping[str, Site], statistics: Statistics) -> Kinds:
+    """A and S of every module, sums over positions."""
+    kinds: Kinds = {"activation_covariance": {}, "gradient_covariance": {}}
+    for module, site, slot in _modules(sites):
+        a = Matrix(sites[site.input_site], "activation", slot)
+        s = Matrix(site, "gradient", slot)
+        kinds["activation_covariance"][module] = _Covariance(a, statistics)
+        kinds["gradient_covariance"][module] = _Covariance(s, statistics)
+    return kinds
+
+
+def eigen_sources(
+    sites: Mapping[str, Site], bases: Eigenbases, positions: PositionCounts, documents: int
+) -> Kinds:
+    """Eigenvectors, their outer eigenvalues, and each factor's own.
+
+    Args:
+        sites: The linears.
+        bases: Eigenpairs of means over positions.
+        positions: How many those were.
+        documents: How many documents: eigenvalues become means over these.
+    """
+    kinds: Kinds = {
+        "activation_eigenvectors": {},
+        "gradient_eigenvectors": {},
+        "eigenvalue": {},
+        "activation_eigenvalues": {},
+        "gradient_eigenvalues": {},
+    }
+    for module, site, slot in _modules(sites):
+        index = () if slot is None else slot
+        a, s = (site.input_site, "activation", site.inputs), (site.name, "gradient",
+                                                              site.out_features)  # fmt: skip
+        values = {}
+        per_document = positions.of(site, slot) / documents
+        for name, kind, d in (a, s):
+            vectors = bases.vectors[name][kind]
+            kinds[f"{kind}_eigenvectors"][module] = ArraySource(vectors, index=index, shape=(d, d))
+            values[kind] = bases.values[name][kind][index]
+            # The scale is split evenly, so that the product of the factors' is that of the outer.
+            own = ScaledSource(ArraySource(values[kind]), per_document**0.5)
+            kinds[f"{kind}_eigenvalues"][module] = own
+        outer = _Outer(values["gradient"], values["activation"])
+        kinds["eigenvalue"][module] = ScaledSource(outer, per_document)
+    return kinds
+
+
+def correction_sources(sites: Mapping[str, Site], squares: Statistics, documents: int) -> Kinds:
+    """Λ of every module, a mean over documents."""
+    tensors: dict[str, TensorSource] = {}
+    for module, site, slot in _modules(sites):
+        shape = (site.out_features, site.inputs)
+        index = () if slot is None else slot
+        rows = ArraySource(squares[site.name], index=index, shape=shape)
+        tensors[module] = ScaledSource(rows, 1 / documents)
+    return {"eigenvalue_correction": tensors}
+
+
+def kind_shapes(sites: Mapping[str, Site]) -> KindShapes:
+    """The shape of every module's tensor of each kind."""
+    shapes: KindShapes = {}
+    for module, site, _ in _modules(sites):
+        o, i = site.out_features, site.inputs
+        for side, d in (("activation", i), ("gradient", o)):
+            shapes.setdefault(f"{side}_covariance", {})[module] = (d, d)
+            shapes.setdefault(f"{side}_eigenvectors", {})[module] = (d, d)
+            shapes.setdefault(f"{side}_eigenvalues", {})[module] = (d,)
+        for kind in ("eigenvalue", "eigenvalue_correction"):
+            shapes.setdefault(kind, {})[module] = (o, i)
+    return shapes
+
+
+def _modules(sites: Mapping[str, Site]) -> Iterator[tuple[str, Site, int | None]]:
+    """Name, site and slot of every module."""
+    for site in sites.values():
+        for slot, name in zip(site.slots, site.module_names(), strict=True):
+            yield name, site, slot
+
+
+class _Covariance:
+    """Rows of a packed covariance, which is unpacked once for a run of requests."""
+
+    def __init__(self, matrix: Matrix, statistics: Statistics):
+        self._matrix = matrix
+        self._statistics = statistics
+        self._whole: Float[np.ndarray, "d d"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self._matrix.dimension, self._matrix.dimension)
+
+    def rows(self, start: int, stop: int) -> Float[np.ndarray, "r d"]:
+        if self._whole is None:
+            self._whole = self._matrix.read(self._statistics)
+        rows = self._whole[start:stop]
+        if stop == self._matrix.dimension:
+            self._whole = None  # requests come in order: these were the last rows
+        return rows
+
+
+class _Outer:
+    """Rows of λ_S ⊗ λ_A, never held whole."""
+
+    def __init__(self, gradient: Float[np.ndarray, " o"], activation: Float[np.ndarray, " i"]):
+        self._gradient, self._activation = gradient, activation
+        self.shape = (len(gradient), len(activation))
+
+    def rows(self, start: int, stop: int) -> Float[np.ndarray, "r i"]:
+        return np.outer(self._gradient[start:stop], self._activation)

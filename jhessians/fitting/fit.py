@@ -1,0 +1,126 @@
+"""A whole fit, stage by stage: `fit` keeps what the stages yield, the command line exports it."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jhessians.capture.sites import unshared
+from jhessians.fitting.eigenbases import (
+    PositionCounts,
+    covariance_matrices,
+    eigendecompose_covariances,
+    eigenvector_shapes,
+)
+from jhessians.fitting.factors import Kinds, correction_sources, covariance_sources, eigen_sources
+from jhessians.fitting.passes import Pass, Problem
+from jhessians.folds.correction import EigenvalueCorrection
+from jhessians.folds.covariance import Covariance, FactorFold, routed_positions
+from jhessians.report.progress import Progress
+from jhessians.typing import PyTree
+
+
+def fit(
+    problem: Problem,
+    batches: Iterable[PyTree[np.ndarray]],
+    *,
+    positions: int,
+    documents: int,
+    method: FactorFold | None = None,
+    correct_eigenvalues: bool = True,
+    dtype: Any = jnp.float32,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Kronecker factors, in memory, of any model made with our `Linear`.
+
+    Args:
+        problem: Loss, model and linears.
+        batches: Read once per pass: a list, not an iterator. With a mesh, this host's rows.
+        positions: How many positions count, over all batches.
+        documents: How many documents there are.
+        method: The fold that sums the factors; default KFAC's `Covariance`.
+        correct_eigenvalues: Whether to make the second pass, which makes KFAC EKFAC.
+        dtype: In which sums are kept and results returned.
+
+    Returns:
+        Kind → module's full name → array, as `load_factors` reads it from disk:
+        `activation_covariance` A [I', I'] and `gradient_covariance` S [O, O], sums over positions;
+        `activation_eigenvectors` and `gradient_eigenvectors`, columns; `activation_eigenvalues`
+        [I'], `gradient_eigenvalues` [O] and their outer product `eigenvalue` [O, I'], per
+        document; `eigenvalue_correction` Λ [O, I'], per document.
+
+    Raises:
+        TypeError: If `batches` is an iterator, which a second pass would find empty.
+        ValueError: If there are no linears.
+        NumericsError: If a loss or a covariance isn't finite.
+    """
+    stages = fit_stages(
+        problem,
+        batches,
+        positions=positions,
+        documents=documents,
+        method=method or Covariance(jnp.dtype(dtype)),
+        correct_eigenvalues=correct_eigenvalues,
+        dtype=dtype,
+    )
+    return {
+        kind: {name: source.rows(0, source.shape[0]) for name, source in tensors.items()}
+        for kinds in stages
+        for kind, tensors in kinds.items()
+    }
+
+
+def fit_stages(
+    problem: Problem,
+    batches: Iterable[PyTree[np.ndarray]],
+    *,
+    positions: int,
+    documents: int,
+    method: FactorFold,
+    correct_eigenvalues: bool,
+    dtype: Any,
+    progress: Progress | None = None,
+) -> Iterator[Kinds]:
+    """The factors, some kinds at a time, in the order in which they are computed.
+
+    Arguments and errors are those of `fit`. What a stage yields must be read before the next one
+    is asked for, which takes its memory.
+    """
+    if isinstance(batches, Iterator):
+        raise TypeError("batches is an iterator; expected something to iterate twice, as a list")
+    if not problem.sites:
+        raise ValueError("there are no linears to fit; expected some jhessians.Linear in the model")
+    progress = progress or Progress(quiet=True)
+    dtype = jnp.dtype(dtype)
+    if not method.shares_inputs:
+        problem = replace(problem, sites=unshared(problem.sites))
+    sites = problem.sites
+
+    correction = Pass(EigenvalueCorrection(dtype), problem, dtype=dtype)
+    with progress.stage("Covariances", positions, "positions") as stage:
+        if correct_eigenvalues:  # while this pass compiles
+            operands = eigenvector_shapes(problem, dtype)
+            correction.compile_ahead(next(iter(batches)), operands)
+        covariances = Pass(method, problem, dtype=dtype).run(batches, advance=stage.advance)
+        covariances = method.finish(sites, covariances)
+    counts = PositionCounts(positions, routed_positions(covariances))
+    if unused := sum(int((routed == 0).sum()) for routed in counts.routed.values()):
+        everyone = sum(len(routed) for routed in counts.routed.values())
+        progress.warn(
+            f"{unused} of {everyone} expert linears got no position: their factors are zero; "
+            "give more data, or leave them out with --filter_modules"
+        )
+    yield covariance_sources(sites, covariances)
+
+    matrices = len(covariance_matrices(sites))
+    with progress.stage("Eigendecompositions", matrices, "matrices") as stage:
+        bases = eigendecompose_covariances(
+            problem, covariances, positions=counts, dtype=dtype, advance=stage.advance
+        )
+    yield eigen_sources(sites, bases, counts, documents)
+
+    if correct_eigenvalues:
+        with progress.stage("Eigenvalue correction", positions, "positions") as stage:
+            squares = correction.run(batches, operands=bases.vectors, advance=stage.advance)
+        yield correction_sources(sites, squares, documents)

@@ -1,0 +1,477 @@
+"""Bad input through the real command: one line, an exit code, and nothing half done left behind."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jhessians.cli.console import Terminated, unwound_by_signals
+from jhessians.cli.main import main
+from jhessians.interop import shards, torchfile
+from tests.oracles import checkpoints
+
+FIRST_LINEAR = "h.0.attn.c_attn"
+FIRST_NORM = "transformer.h.0.ln_1.weight"
+KERNEL = f"transformer.{FIRST_LINEAR}.weight"
+
+
+@dataclass
+class Work:
+    """One test's own copy of a good run's ingredients, to spoil at will."""
+
+    folder: Path
+    flags: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "docs.jsonl"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "out" / "run"
+
+    def arguments(self) -> list[str]:
+        given = {"model": self.model, "dataset": self.data, "world_size": 1}
+        return ["compute", str(self.run), *(f"--{k}={v}" for k, v in given.items()), *self.flags]
+
+    def write(self, *rows: dict) -> None:
+        """Replace the data set."""
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def settings(self, **values) -> None:
+        """Change config.json."""
+        path = self.model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    def weights(self, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+        """Change the weights."""
+        path = self.model / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+    def scale_first_input(self, factor: float) -> None:
+        """Make what the first linear reads larger, and what it computes from it the same."""
+
+        def change(tensors):
+            for name in (FIRST_NORM, FIRST_NORM.replace("weight", "bias")):
+                tensors[name] *= np.float32(factor)
+            tensors[KERNEL] /= np.float32(factor)
+
+        self.weights(change)
+
+    def left_behind(self) -> list[str]:
+        """What a failed run must not leave: anything beside or under the final name."""
+        return sorted(os.listdir(self.run.parent)) if self.run.parent.exists() else []
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    sizes = {"n_embd": 24, "n_head": 2, "n_inner": 40, "n_layer": 1}
+    checkpoints.build("gpt2", folder / "model", seed=1, **sizes)
+    checkpoints.corpus(folder / "model", 6, lengths=(20, 9, 2, 1, 16, 24))
+    shutil.move(folder / "model" / "docs.jsonl", folder)
+    return folder
+
+
+@pytest.fixture
+def work(good, tmp_path):
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    return Work(tmp_path)
+
+
+def unknown_model_type(work):
+    work.settings(model_type="mystery", architectures=["MysteryForCausalLM"])
+
+
+def no_config(work):
+    (work.model / "config.json").unlink()
+
+
+def no_model(work):
+    shutil.rmtree(work.model)
+
+
+def no_weights(work):
+    (work.model / "model.safetensors").unlink()
+
+
+def tensor_missing(work):
+    work.weights(lambda tensors: tensors.pop(KERNEL))
+
+
+def tensor_extra(work):
+    work.weights(lambda tensors: tensors.update({"transformer.h.0.extra": np.ones(3, "f4")}))
+
+
+def tensor_misshapen(work):
+    work.weights(lambda tensors: tensors.update({KERNEL: tensors[KERNEL][:, :-1].copy()}))
+
+
+def checkpoint_truncated(work):
+    path = work.model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def bin_truncated(work):
+    tensors = load_file(work.model / "model.safetensors")
+    no_weights(work)
+    torchfile.save(tensors, work.model / "pytorch_model.bin")
+    path = work.model / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def nan_in_weights(work):
+    work.weights(lambda tensors: tensors[KERNEL].__setitem__((1, 2), np.nan))
+
+
+def weights_beyond_precision(work):
+    work.weights(lambda tensors: tensors[KERNEL].__setitem__((1, 2), 1e6))
+    work.flags += ["--precision=fp16"]
+
+
+def no_tokenizer(work):
+    for path in (work.model / "tokenizer.json", work.model / "tokenizer_config.json"):
+        path.unlink()
+
+
+def no_dataset(work):
+    work.data.unlink()
+
+
+def dataset_empty(work):
+    work.data.write_text("")
+
+
+def dataset_without_rows(work):
+    work.data.unlink()
+    (work.folder / "docs.csv").write_text("text\n")
+    work.flags += [f"--dataset={work.folder / 'docs.csv'}"]
+
+
+def dataset_not_json(work):
+    work.data.write_text('{"text": "fine"}\n{"text": \n')
+
+
+def dataset_of_unknown_format(work):
+    (work.folder / "docs.doc").write_text("text")
+    work.flags += [f"--dataset={work.folder / 'docs.doc'}"]
+
+
+def column_missing(work):
+    work.write({"texts": "some words to learn from"})
+
+
+def column_not_text(work):
+    work.write({"text": "some words to learn from"}, {"text": None})
+
+
+def completion_column_missing(work):
+    work.flags += ["--completion_column=answer"]
+
+
+def split_missing(work):
+    work.flags += ["--split=test"]
+
+
+def documents_too_short(work):
+    work.write({"text": "a"}, {"text": "b"}, {"text": ""})
+
+
+def document_beyond_the_model(work):
+    work.write({"text": "some words"}, {"text": "many words " * 100})
+
+
+def document_beyond_the_budget(work):
+    work.flags += ["--token_batch_size=16"]
+
+
+def chunk_beyond_the_model(work):
+    work.flags += ["--chunk_length=129"]
+
+
+def token_outside_the_vocabulary(work):
+    work.write({"input_ids": [5, 6, 7]}, {"input_ids": [5, 999, 7]})
+
+
+def label_outside_the_vocabulary(work):
+    work.write({"input_ids": [5, 6, 7], "labels": [-100, 999, 7]})
+
+
+def tokenizer_of_another_model(work):
+    """One that knows more tokens than the model."""
+    work.weights(lambda t: t.update({"transformer.wte.weight": t["transformer.wte.weight"][:99]}))
+    work.settings(vocab_size=99)
+
+
+def nothing_to_predict(work):
+    work.write({"input_ids": [5, 6, 7], "labels": [-100, -100, -100]})
+
+
+def run_path_under_a_file(work):
+    work.run.parent.write_text("a file")
+
+
+def too_many_devices(work):
+    work.flags += ["--world_size=9"]
+
+
+def no_such_module(work):
+    work.flags += ["--modules", "h.*.attn.q_proj"]
+
+
+def no_such_module_to_leave_out(work):
+    work.flags += ["--filter_modules=*.q_proj"]
+
+
+def all_modules_left_out(work):
+    work.flags += ["--filter_modules=*"]
+
+
+def unknown_option(work):
+    work.flags += ["--token_batch_sise=8"]
+
+
+# What is wrong, the exit code, words of the message: what was given and what to do about it.
+CASES = [
+    (unknown_model_type, 1, ["mystery", "gpt2, gpt_neo, gpt_neox"]),
+    (no_config, 1, ["config.json"]),
+    (no_model, 1, ["model", "isn't a folder"]),
+    (no_weights, 1, ["has no weights", "model.safetensors"]),
+    (tensor_missing, 1, ["missing", KERNEL]),
+    (tensor_extra, 1, ["unexpected", "transformer.h.0.extra"]),
+    (tensor_misshapen, 1, ["misshapen", KERNEL, "[24, 71]", "[24, 72]"]),
+    (checkpoint_truncated, 1, ["truncated", "model.safetensors", "again"]),
+    (bin_truncated, 1, ["pytorch_model.bin"]),
+    (nan_in_weights, 1, [KERNEL]),
+    (weights_beyond_precision, 1, [KERNEL, "float16"]),
+    (no_tokenizer, 1, ["has no tokenizer", "--tokenizer"]),
+    (no_dataset, 1, ["docs.jsonl"]),
+    (dataset_empty, 1, ["docs.jsonl", "is empty"]),
+    (dataset_without_rows, 1, ["docs.csv", "no rows"]),
+    (dataset_not_json, 1, ["docs.jsonl", "can't be read"]),
+    (dataset_of_unknown_format, 1, [".doc", ".jsonl"]),
+    (column_missing, 1, ["no column 'text'", "--prompt_column texts"]),
+    (column_not_text, 1, ["row 1", "null"]),
+    (completion_column_missing, 1, ["no column 'answer'", "--completion_column"]),
+    (split_missing, 1, ["split 'test'"]),
+    (documents_too_short, 1, ["3 documents", "fewer than 2 tokens"]),
+    (document_beyond_the_model, 1, ["row 1", "128", "--truncation"]),
+    (document_beyond_the_budget, 1, ["row 0", "20 tokens", "16", "--token_batch_size"]),
+    (chunk_beyond_the_model, 2, ["--chunk_length 129", "128"]),
+    (token_outside_the_vocabulary, 1, ["row 1", "999", "320"]),
+    (label_outside_the_vocabulary, 1, ["row 0", "label 999", "320"]),
+    (tokenizer_of_another_model, 1, ["row 0", "vocabulary of 99"]),
+    (nothing_to_predict, 1, ["label"]),
+    (run_path_under_a_file, 1, ["a part of the path is a file"]),
+    (too_many_devices, 1, ["--world_size", "9 devices", "8"]),
+    (no_such_module, 2, ["'h.*.attn.q_proj'", "none of 4", "h.0.attn.c_proj"]),
+    (no_such_module_to_leave_out, 2, ["'*.q_proj'"]),
+    (all_modules_left_out, 2, ["leave none of 4 modules"]),
+    (unknown_option, 2, ["--token_batch_size"]),
+]
+
+
+def the_line(text: str) -> str:
+    """The one line of `text`, if it is an error and nothing else."""
+    (line,) = text.splitlines()
+    assert line.startswith("jhessians: error: "), line
+    assert "Traceback" not in line and "unexpected " not in line.split(":")[2]
+    return line
+
+
+@pytest.mark.parametrize(("spoil", "code", "words"), CASES, ids=[c[0].__name__ for c in CASES])
+def test_one_line_and_nothing_left(work, capfd, spoil, code, words):
+    spoil(work)
+    assert main([*work.arguments(), "--quiet"]) == code
+    output = capfd.readouterr()
+    assert output.out == ""
+    line = the_line(output.err)
+    for word in words:
+        assert word in line
+    if work.run.parent.is_dir():
+        assert work.left_behind() == []
+
+
+@pytest.mark.parametrize("spoil", [unknown_model_type, documents_too_short, no_such_module])
+def test_the_error_is_the_last_line_of_a_talkative_run(work, capfd, spoil):
+    spoil(work)
+    assert main(work.arguments())
+    lines = capfd.readouterr().err.splitlines()
+    the_line(lines[-1])
+    assert not any("error" in line.lower() or "Traceback" in line for line in lines[:-1])
+
+
+@pytest.mark.parametrize("spoil", [unknown_model_type, dataset_empty, too_many_devices])
+def test_debug_adds_a_traceback(work, capfd, spoil):
+    spoil(work)
+    assert main([*work.arguments(), "--debug"])
+    text = capfd.readouterr().err
+    assert "Traceback (most recent call last)" in text
+    the_line(text.splitlines()[-1])
+    assert work.left_behind() == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_existing_run_is_left_alone(work, capfd, kind):
+    work.run.parent.mkdir()
+    if kind == "folder":
+        work.run.mkdir()
+        (work.run / "precious").write_text("x")
+    else:
+        work.run.write_text("x")
+        work.flags.append("--overwrite")
+    assert main([*work.arguments(), "--quiet"]) == 1
+    line = the_line(capfd.readouterr().err)
+    assert str(work.run) in line and ("--overwrite" in line or "is a file" in line)
+    assert work.left_behind() == ["run"]
+    assert kind == "file" or os.listdir(work.run) == ["precious"]
+
+
+def test_a_failed_overwrite_keeps_the_old_run(work, capfd):
+    work.run.mkdir(parents=True)
+    (work.run / "precious").write_text("x")
+    nan_in_weights(work)
+    assert main([*work.arguments(), "--overwrite", "--quiet"]) == 1
+    the_line(capfd.readouterr().err)
+    assert work.left_behind() == ["run"] and os.listdir(work.run) == ["precious"]
+
+
+@pytest.mark.parametrize(
+    ("factor", "flags", "words"),
+    [
+        # 1e20 is a number, its square in float32 is not; the loss is as it was.
+        (1e20, [], [FIRST_LINEAR, "activation", "NaN or infinity"]),
+        # Fits float32, not float16, in which it would be stored.
+        (1e3, ["--hessian_dtype=fp16"], [FIRST_LINEAR, "float16", "fp32"]),
+    ],
+    ids=["float32", "float16"],
+)
+def test_factors_that_overflow_are_named(work, capfd, factor, flags, words):
+    work.scale_first_input(factor)
+    work.flags += ["--use_dataset_labels", "--method=kfac", *flags]
+    assert main([*work.arguments(), "--quiet"]) == 1
+    line = the_line(capfd.readouterr().err)
+    assert all(word in line for word in words), line
+    assert work.left_behind() == []
+
+
+def test_a_loss_that_overflows_says_so(work, capfd):
+    def change(tensors):
+        tensors["transformer.ln_f.weight"] *= np.float32(1e38)
+
+    work.weights(change)
+    assert main([*work.arguments(), "--use_dataset_labels", "--method=kfac", "--quiet"]) == 1
+    assert "loss" in the_line(capfd.readouterr().err)
+    assert work.left_behind() == []
+
+
+class FullDisk:
+    """A file on a disk with room for `room` more bytes."""
+
+    room = 20_000
+
+    def __init__(self, path, mode):
+        self._file = open(path, mode)  # noqa: SIM115
+
+    def write(self, data):
+        FullDisk.room -= len(data)
+        if FullDisk.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._file.write(data)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
+
+
+def test_a_full_disk(work, capfd, monkeypatch):
+    monkeypatch.setattr(shards, "open", FullDisk, raising=False)
+    assert main([*work.arguments(), "--use_dataset_labels", "--method=kfac", "--quiet"]) == 1
+    line = the_line(capfd.readouterr().err)
+    assert "the disk is full; free some space" in line and str(work.run) in line
+    assert work.left_behind() == []
+
+
+def command(work: Work, first: str = "pass") -> subprocess.Popen:
+    """The command as a process of its own, on one device, `first` having been executed."""
+    flags = ["--use_dataset_labels", "--method=kfac"]
+    program = f"{first}; import runpy; runpy.run_module('jhessians', run_name='__main__')"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *work.arguments(), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+
+
+def test_a_file_size_limit(work):
+    """A real refusal of the operating system, in the middle of a shard."""
+
+    limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (9_000, 9_000))"
+    process = command(work, first=limit)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert "limit" in the_line(errors.splitlines()[-1])
+    assert "Traceback" not in errors
+    assert work.left_behind() == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated by SIGTERM")],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_a_signal_ends_a_run_cleanly(work, number, code, word):
+    # Long enough to be hit in the middle: the same documents over and over.
+    work.flags += ["--max_tokens=20000000"]
+    process = command(work)
+    assert process.stderr is not None
+    seen = []
+    try:
+        for line in process.stderr:
+            seen.append(line)
+            if line.startswith("Covariances"):
+                time.sleep(2)
+                break
+        assert work.left_behind() == ["run.part"], seen
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, errors
+    assert the_line(errors.splitlines()[-1]).endswith(word)
+    assert "Traceback" not in errors
+    assert work.left_behind() == []
+
+
+def test_a_signal_that_meets_a_finalizer_is_not_lost():
+    """Python drops an exception that is raised there."""
+
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Terminated):
+        with unwound_by_signals():
+            Dying()
+            time.sleep(10)
