@@ -45,7 +45,8 @@ def main(documents: int = 512, steps: int = 30) -> float:
     sites = jhessians.find_sites(
         sampled_error, Perceptron(nnx.Rngs(0)), batch, include_bias=True
     )  # by name; with its bias a linear has one more input, which is always one
-    graph, state = nnx.split(Perceptron(nnx.Rngs(0)))
+    problem = jhessians.Problem(sampled_error, Perceptron(nnx.Rngs(0)), sites, mesh=mesh)
+    graph, state = nnx.split(problem.model)
     fold = jhessians.Covariance()
 
     @jax.jit
@@ -58,8 +59,8 @@ def main(documents: int = 512, steps: int = 30) -> float:
         # One forward and backward pass for A = Σ aaᵀ and S = Σ ggᵀ of every linear.
         noise = jax.random.normal(key, batch["y"].shape)
         factors, _ = jhessians.accumulate(
-            fold, sampled_error, nnx.merge(graph, state), {**batch, "noise": noise},
-            jhessians.initialize(fold, sites, mesh=mesh), sites=sites, mesh=mesh,
+            fold, problem.of(nnx.merge(graph, state)), {**batch, "noise": noise},
+            jhessians.initialize(fold, problem),
         )  # fmt: skip
         for name, site in sites.items():
             # Factors under 512 rows are one block, whose rows are padded for the devices.

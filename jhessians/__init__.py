@@ -25,7 +25,7 @@ _HOMES = {
     "accumulate": "jhessians.capture.traversal",
     "find_sites": "jhessians.capture.sites",
     "initialize": "jhessians.capture.traversal",
-    "Problem": "jhessians.fitting.passes",
+    "Problem": "jhessians.capture.problem",
     "run_pass": "jhessians.fitting.passes",
     "fit": "jhessians.fitting.fit",
     "inverse_vector_product": "jhessians.linalg.inverse",

@@ -110,12 +110,10 @@ def test_accumulate_in_ones_own_loop_equals_run_pass(setting):
 
     @jax.jit
     def step(state, batch, statistics, operands):
-        return jhessians.accumulate(
-            fold, setting.loss, nnx.merge(graph, state), batch, statistics,
-            sites=setting.sites, mask=batch.position_mask, operands=operands,
-        )  # fmt: skip
+        problem = setting.problem.of(nnx.merge(graph, state))
+        return jhessians.accumulate(fold, problem, batch, statistics, operands=operands)
 
-    statistics = jhessians.initialize(fold, setting.sites)
+    statistics = jhessians.initialize(fold, setting.problem)
     for batch in setting.batches:
         statistics, loss = step(state, batch, statistics, operands)
         assert loss.shape == () and np.isfinite(loss)

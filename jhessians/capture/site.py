@@ -1,12 +1,17 @@
 """A site: a linear layer, or all linears of one name in a stack of layers."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-Statistics = dict[str, Any]  # site name -> the fold's pytree, with a leading member axis in stacks
+Statistics = dict[str, Any]
+"""Site's name → the fold's pytree, whose arrays have a leading member axis in stacks."""
+
+Operands = Mapping[str, Mapping[str, Any]]
+"""Site's name → arrays by name that a fold reads there, such as eigenvectors."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jhessians.capture.problem import Loss
 from jhessians.capture.routing import Routing
 from jhessians.capture.site import Site, Statistics
 from jhessians.capture.tape import Tape, Tapped, attach, product
-from jhessians.capture.traversal import Loss
 from jhessians.typing import Array, PyTree
 
 

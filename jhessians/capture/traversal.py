@@ -7,38 +7,38 @@
 Everything here is a pure function of pytrees that can stand inside a caller's own `jax.jit`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jhessians.capture.fold import Context, Fold, JointFold
-from jhessians.capture.site import Site, Statistics
+from jhessians.capture.problem import Problem, keep_activations
+from jhessians.capture.site import Operands, Site, Statistics
 from jhessians.capture.tape import Tape, add_scattered, attach, gather_weights
 from jhessians.devices.mesh import axis_names, parameter_specs
-from jhessians.devices.precision import HIGHEST, multiplying
-from jhessians.typing import Array, Bool, DTypeLike, Float, PyTree
-
-Loss = Callable[[Any, Any], Float[Array, ""]]
-"""loss(model, batch), a *sum* over documents, whose gradient at every linear is what folds see."""
+from jhessians.devices.precision import multiplying
+from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 
 def initialize(
-    fold: Fold | JointFold,
-    sites: Mapping[str, Site],
-    *,
-    dtype: DTypeLike = jnp.float32,
-    mesh: Mesh | None = None,
+    fold: Fold | JointFold, problem: Problem, *, dtype: DTypeLike = jnp.float32
 ) -> Statistics:
-    """Sums of nothing: zeros for every site, their rows padded and sharded over `mesh`."""
+    """Sums of nothing: zeros for every site, their rows padded and sharded over the mesh.
+
+    Args:
+        fold: What will be summed.
+        problem: Its sites and mesh; neither loss nor model is looked at.
+        dtype: Number format of the sums.
+    """
+    sites, mesh = problem.sites, problem.mesh
     context = _context(mesh)
 
     def zeros(site: Site | None, shape: jax.ShapeDtypeStruct) -> Array:
@@ -62,17 +62,11 @@ def initialize(
 
 def accumulate(
     fold: Fold | JointFold,
-    loss: Loss,
-    model: nnx.Module,
+    problem: Problem,
     batch: PyTree,
     statistics: Statistics,
     *,
-    sites: Mapping[str, Site],
-    mask: Bool[Array | np.ndarray, "n s"] | None = None,
-    operands: Mapping[str, Mapping[str, Any]] | None = None,
-    draws: int = 1,
-    mesh: Mesh | None = None,
-    matmul_precision: str = HIGHEST,
+    operands: Operands | None = None,
 ) -> tuple[Statistics, Float[Array, ""]]:
     """Add one batch's terms to the statistics.
 
@@ -80,36 +74,33 @@ def accumulate(
 
     Args:
         fold: What to compute at every linear.
-        loss: Of a model and a batch; summed over documents.
-        model: Any nnx module built with our `Linear`.
+        problem: Loss, model, linears and devices.
         batch: A pytree whose arrays have documents as their first axis, a multiple of the mesh.
         statistics: From `initialize`, or from the batch before.
-        sites: From `find_sites`.
-        mask: The positions that count; default all.
         operands: Per site, further arrays that the fold needs, rows sharded like statistics.
-        draws: How many losses `loss` returns, in a vector; statistics are averaged over them.
-        mesh: Spreads documents and rows over all its axes; default the one device of `batch`.
-        matmul_precision: How float32 numbers are multiplied, of `jhessians.devices.precision`.
 
     Returns:
-        The new statistics, and the batch's loss.
+        The new statistics, and the batch's loss, the mean over the draws of labels.
 
     Raises:
-        ValueError: If `loss` returns another number of losses, or a joint fold gets no mask.
-        ConfigError: If the device doesn't multiply in this precision.
+        ValueError: If the loss returns another number of losses than the problem's draws, or a
+            joint fold gets no mask.
+        ConfigError: If the device doesn't multiply in the problem's precision.
     """
+    sites, mesh, mask = problem.sites, problem.mesh, problem.mask(batch)
     if isinstance(fold, JointFold) and mask is None:
         raise ValueError(f"{fold.joint} rows need the mask of the positions that count")
-    context = replace(_context(mesh), weight=1 / draws)
-    graph, state = nnx.split(model)
+    context = replace(_context(mesh), weight=1 / problem.draws)
+    graph, state = nnx.split(problem.model)
 
     def local(state, batch, mask, statistics, operands):
         def forward(statistics):
             copy = nnx.merge(graph, state)
+            keep_activations(copy, problem.activations)
             gather_weights(copy, context.axes)
             tape = Tape(fold, sites, statistics, operands, replace(context, mask=mask))
             attach(copy, tape)
-            value = loss(copy, batch)
+            value = problem.loss(copy, batch)
             return value, tape.statistics
 
         # What goes through the linears and back: the running sums, or the rows of a joint fold.
@@ -119,8 +110,8 @@ def accumulate(
         # The zeros are never read: only their cotangent, the running sum, exists in memory.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), threaded)
         (value, _), pullback = jax.vjp(forward, zeros)
-        if value.size != draws:
-            raise ValueError(f"the loss has shape {value.shape}; expected {draws} losses")
+        if value.size != problem.draws:
+            raise ValueError(f"the loss has shape {value.shape}; expected {problem.draws} losses")
 
         def backward(statistics, draw):
             draw = draw.reshape(value.shape)
@@ -138,7 +129,7 @@ def accumulate(
 
     batch, mask, operands = jax.tree.map(jnp.asarray, (batch, mask, operands or {}))
     arguments = (state, batch, mask, statistics, operands)
-    with multiplying(matmul_precision, mesh):
+    with multiplying(problem.matmul_precision, mesh):
         if mesh is None:
             return local(*arguments)
         rows = row_specs(sites, statistics, mesh)

@@ -13,6 +13,7 @@ import converters.hub
 import converters.parameter_order
 import converters.registry
 from jhessians import demo
+from jhessians.capture.problem import Problem
 from jhessians.capture.site import Site
 from jhessians.capture.sites import find_sites
 from jhessians.commands.compute_config import ComputeConfig
@@ -32,7 +33,6 @@ from jhessians.errors import CheckpointError, ConfigError
 from jhessians.fitting import activations
 from jhessians.fitting.memory import gram_numbers
 from jhessians.fitting.partitions import AUTOMATIC, factor_bytes, needed_partitions
-from jhessians.fitting.passes import Problem
 from jhessians.interop.export import write_config
 from jhessians.interop.layout import DTYPES
 from jhessians.interop.rundir import RunDirectory
@@ -178,16 +178,17 @@ def _prepare(config: ComputeConfig, mesh: Mesh, progress: Progress, part: Path) 
     if config.module_partitions == AUTOMATIC:
         count = needed_partitions(sites, sum_dtype(config).itemsize, mesh.size)
         config = replace(config, module_partitions=count)
-    if config.activations == activations.AUTOMATIC:
-        stored = activations.stored_bytes(
-            loss, model, activations.largest_batch(plan, example, mesh.size), sites
-        )
-        config = replace(config, activations=_choose(config, stored, sites, mesh, progress))
-    activations.keep_activations(model, config.activations)
     problem = Problem(
         loss, model, sites,
         mesh=spread, draws=config.mc_samples, matmul_precision=config.matmul_precision,
     )  # fmt: skip
+    if config.activations == activations.AUTOMATIC:
+        largest = activations.largest_batch(plan, example, mesh.size)
+        stored = activations.stored_bytes(problem, largest)
+        config = replace(config, activations=_choose(config, stored, sites, mesh, progress))
+    problem = replace(
+        problem, activations="store" if config.activations == "store" else "recompute"
+    )
     return Run(
         config,
         progress,
@@ -218,7 +219,7 @@ def _choose(
         taken = numbers * itemsize // mesh.size
     free = max(0, free_memory() - taken)
     choice = activations.choose(stored, free)
-    if choice == activations.RECOMPUTE:
+    if choice == "recompute":
         progress.note(
             f"Activations are recomputed: stored they take {bytes_in_words(stored)} a device, "
             f"where {bytes_in_words(free)} are free beside model and statistics"

@@ -7,7 +7,6 @@ cheap, and always computed again.
 """
 
 import math
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,69 +14,58 @@ import numpy as np
 from flax import nnx
 
 from jhessians.capture.fold import Context
-from jhessians.capture.site import Site
+from jhessians.capture.problem import Activations, Problem, keep_activations
 from jhessians.capture.tape import Tape, attach
-from jhessians.capture.traversal import Loss
 from jhessians.data.batching import BatchPlan
 from jhessians.folds.covariance import Covariance
 from jhessians.typing import PyTree
 
 AUTOMATIC = "auto"
-STORE = "store"
-RECOMPUTE = "recompute"
+"""The option's word for a choice by memory."""
 
 SHARE = 0.5
 """Of the memory that model and statistics leave free, what stored activations may take; the rest is
 for one layer's intermediates, the loss's logits and what is on its way to another device."""
 
 
-def keep_activations(model: nnx.Module, choice: str) -> None:
-    """Have every stack of `model` store or recompute, in place."""
-    model.set_attributes(save_products=choice == STORE)
-
-
-def choose(stored: int, free: int) -> str:
+def choose(stored: int, free: int) -> Activations:
     """`store` if that fits, else `recompute`.
 
     Args:
         stored: Bytes that a device would store for one batch.
         free: Bytes that model and statistics leave free on it.
     """
-    return STORE if stored <= SHARE * free else RECOMPUTE
+    return "store" if stored <= SHARE * free else "recompute"
 
 
-def stored_bytes(
-    loss: Loss, model: nnx.Module, batch: PyTree[jax.ShapeDtypeStruct], sites: Mapping[str, Site]
-) -> int:
+def stored_bytes(problem: Problem, batch: PyTree[jax.ShapeDtypeStruct]) -> int:
     """Bytes that a device stores for one batch and does not keep when it recomputes.
 
     They are what a trace of the forward pass leaves to the backward pass, so that they are right
     for every architecture; nothing is computed.
 
     Args:
-        loss: Of the model and a batch.
-        model: Arrays or shapes; left as it is.
+        problem: Loss, model (arrays or shapes) and the linears to record.
         batch: Shapes of one device's documents.
-        sites: The linears to record.
     """
-    return _residual_bytes(loss, model, batch, sites, STORE) - _residual_bytes(
-        loss, model, batch, sites, RECOMPUTE
-    )
+    return _residual_bytes(problem, batch, "store") - _residual_bytes(problem, batch, "recompute")
 
 
-def _residual_bytes(loss, model, batch, sites, choice: str) -> int:
-    graph, state = nnx.split(model)
+def _residual_bytes(
+    problem: Problem, batch: PyTree[jax.ShapeDtypeStruct], activations: Activations
+) -> int:
+    graph, state = nnx.split(problem.model)
 
     def pullback(state, batch):
         def forward(statistics):
             copy = nnx.merge(graph, state)
-            keep_activations(copy, choice)
-            # Its fold speaks in the backward pass only, which isn't traced.
-            tape = Tape(Covariance(), sites, statistics, {}, Context())
+            keep_activations(copy, activations)
+            # Its fold is asked in the backward pass only, which isn't traced.
+            tape = Tape(Covariance(), problem.sites, statistics, {}, Context())
             attach(copy, tape)
-            return loss(copy, batch), tape.statistics
+            return problem.loss(copy, batch), tape.statistics
 
-        return jax.vjp(forward, {name: jnp.zeros(()) for name in sites})[1]
+        return jax.vjp(forward, {name: jnp.zeros(()) for name in problem.sites})[1]
 
     residuals = jax.tree.leaves(jax.eval_shape(pullback, state, batch))
     return sum(x.size * x.dtype.itemsize for x in residuals)

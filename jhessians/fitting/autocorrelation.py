@@ -7,11 +7,12 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from jhessians.capture.problem import Problem
 from jhessians.capture.site import Site, Statistics
 from jhessians.devices.hosts import fetch
 from jhessians.errors import NumericsError
 from jhessians.fitting.eigenbases import from_owner, place_rows, solved_in_order
-from jhessians.fitting.passes import Problem, run_pass
+from jhessians.fitting.passes import run_pass
 from jhessians.folds.gram import Gram, JointGram
 from jhessians.folds.normalizers import Normalizer
 from jhessians.folds.rows import GradientRows

@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jhessians.capture.problem import Problem
 from jhessians.capture.site import Site, Statistics
 from jhessians.capture.traversal import shaped_rows
 from jhessians.devices.hosts import fetch
 from jhessians.devices.mesh import axis_names
 from jhessians.errors import NumericsError
 from jhessians.fitting.memory import eigendecompositions_at_once
-from jhessians.fitting.passes import Problem
 from jhessians.linalg.eigen import (
     Eigen,
     eigendecompose,

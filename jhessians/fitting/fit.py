@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jhessians.capture.problem import Problem
 from jhessians.capture.sites import unshared
 from jhessians.fitting.eigenbases import (
     PositionCounts,
@@ -15,7 +16,7 @@ from jhessians.fitting.eigenbases import (
     eigenvector_shapes,
 )
 from jhessians.fitting.factors import Kinds, correction_sources, covariance_sources, eigen_sources
-from jhessians.fitting.passes import Pass, Problem
+from jhessians.fitting.passes import Pass
 from jhessians.folds.correction import EigenvalueCorrection
 from jhessians.folds.covariance import Covariance, FactorFold, routed_positions
 from jhessians.report.progress import Progress

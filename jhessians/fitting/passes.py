@@ -6,28 +6,25 @@ call take 0.9 of the time of 8 calls.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
 
 from jhessians.capture.fold import Fold, JointFold
-from jhessians.capture.site import Site, Statistics
-from jhessians.capture.traversal import Loss, accumulate, initialize, shaped_rows
+from jhessians.capture.problem import Problem
+from jhessians.capture.site import Operands, Statistics
+from jhessians.capture.traversal import accumulate, initialize, shaped_rows
 from jhessians.devices.hosts import fetch
 from jhessians.devices.memory import return_freed_memory
 from jhessians.devices.mesh import put_batches
-from jhessians.devices.precision import HIGHEST
 from jhessians.errors import NumericsError
-from jhessians.typing import Array, DTypeLike, PyTree
+from jhessians.typing import DTypeLike, PyTree
 
 COMPILER_OPTIONS = {"cpu": {"xla_backend_optimization_level": 1}}
 """By platform. Where LLVM compiles what lies between the products, its first level of optimisation
@@ -37,34 +34,6 @@ MOST_BATCHES = 8
 WORK_OF_A_CALL = 2e11
 """Positions times weights, about a tenth of the arithmetic: seconds on a CPU, so that progress is
 seen to be made. It depends on shapes alone, so that all hosts take as many batches."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What every pass of one fit has in common.
-
-    Attributes:
-        loss: Summed over documents.
-        model: The weights.
-        sites: The linears to record, from `find_sites`.
-        mask: Tells from a batch which positions count; None if all do.
-        mesh: Devices; None for the default one alone.
-        draws: How many losses `loss` returns, over which statistics are averaged.
-        matmul_precision: How float32 numbers are multiplied, of `jhessians.devices.precision`.
-    """
-
-    loss: Loss
-    model: nnx.Module
-    sites: Mapping[str, Site]
-    mask: Callable[[Any], Array | None] = lambda batch: getattr(batch, "position_mask", None)
-    mesh: Mesh | None = None
-    draws: int = 1
-    matmul_precision: str = HIGHEST
-
-    @property
-    def hosts(self) -> int:
-        """How many processes share the documents."""
-        return jax.process_count() if self.mesh else 1
 
 
 class Pass:
@@ -88,12 +57,8 @@ class Pass:
             def add(number, sums):
                 statistics, losses = sums
                 batch = jax.tree.map(lambda x: x[number], batches)
-                statistics, loss = accumulate(
-                    fold, problem.loss, nnx.merge(graph, state), batch, statistics,
-                    sites=problem.sites, mask=problem.mask(batch), operands=operands,
-                    draws=problem.draws, mesh=problem.mesh,
-                    matmul_precision=problem.matmul_precision,
-                )  # fmt: skip
+                here = problem.of(nnx.merge(graph, state))
+                statistics, loss = accumulate(fold, here, batch, statistics, operands=operands)
                 return statistics, losses.at[number].set(loss.astype(losses.dtype))
 
             losses = jnp.zeros(len(jax.tree.leaves(batches)[0]), jnp.float32)
@@ -106,7 +71,7 @@ class Pass:
         self,
         batches: Iterable[PyTree[np.ndarray]],
         *,
-        operands: Mapping[str, Mapping[str, Any]] | None = None,
+        operands: Operands | None = None,
         advance: Callable[[int], None] = lambda positions: None,
     ) -> Statistics:
         """Sum over all batches; arguments and errors as in `run_pass`."""
@@ -128,14 +93,13 @@ class Pass:
 
     def initialize(self) -> Statistics:
         """Sums of nothing."""
-        sites, mesh = self.problem.sites, self.problem.mesh
-        return initialize(self.fold, sites, dtype=self.dtype, mesh=mesh)
+        return initialize(self.fold, self.problem, dtype=self.dtype)
 
     def lower(
         self,
         batch: PyTree[np.ndarray],
         statistics: Statistics,
-        operands: Mapping[str, Mapping[str, Any]] | None = None,
+        operands: Operands | None = None,
     ) -> jax.stages.Lowered:
         """The step for batches of one shape, not compiled yet.
 
@@ -145,9 +109,7 @@ class Pass:
         """
         return self._step.lower(*self._arguments([batch], statistics, operands))
 
-    def compile_ahead(
-        self, batch: PyTree[np.ndarray], operands: Mapping[str, Mapping[str, Any]] | None = None
-    ) -> None:
+    def compile_ahead(self, batch: PyTree[np.ndarray], operands: Operands | None = None) -> None:
         """Compile the step for batches like this one in a thread, while the caller goes on.
 
         XLA compiles on one core; an error is left to `run`, which meets it again. On several hosts
@@ -217,7 +179,7 @@ def run_pass(
     batches: Iterable[PyTree[np.ndarray]],
     *,
     dtype: DTypeLike = jnp.float32,
-    operands: Mapping[str, Mapping[str, Any]] | None = None,
+    operands: Operands | None = None,
     advance: Callable[[int], None] = lambda positions: None,
 ) -> Statistics:
     """Sum a fold over all batches.

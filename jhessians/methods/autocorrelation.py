@@ -9,13 +9,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
+from jhessians.capture.problem import Problem
 from jhessians.capture.site import Site
 from jhessians.capture.sites import unshared
 from jhessians.commands.compute_config import ComputeConfig
 from jhessians.config.units import bytes_in_words
 from jhessians.errors import ConfigError
 from jhessians.fitting.autocorrelation import fit_autocorrelations
-from jhessians.fitting.passes import Problem, run_pass
+from jhessians.fitting.passes import run_pass
 from jhessians.folds.normalizers import Normalizer
 from jhessians.folds.rows import GradientRows
 from jhessians.folds.second_moment import SecondMoment

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
+from jhessians.capture.problem import Problem
 from jhessians.commands.compute_config import ComputeConfig
 from jhessians.data.batching import Batch, BatchPlan
 from jhessians.data.documents import Documents
-from jhessians.fitting.passes import Problem
 from jhessians.interop.layout import DTYPES
 from jhessians.interop.optimizer_state import Parameter
 from jhessians.report.progress import Progress

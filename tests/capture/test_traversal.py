@@ -73,9 +73,19 @@ def compare(statistics, sites, expected, tolerance=INVARIANCE):
         assert relative_error(unpack(s, site.out_features), expected[name][1]) < tolerance
 
 
-def accumulate(model, batch, statistics, fold=None, **options):
+def problem_of(model, batch, mask=None, mesh=None, loss=None):
+    loss = loss or squares
+    sites = jhessians.find_sites(loss, model, batch)
+    return jhessians.Problem(loss, model, sites, mask=lambda batch: mask, mesh=mesh)
+
+
+def accumulated(problem, batch, fold=None, times=1):
+    """The statistics and the last loss of one batch, added up some times."""
     fold = fold or jhessians.Covariance()
-    return jhessians.accumulate(fold, squares, model, batch, statistics, **options)
+    statistics = jhessians.initialize(fold, problem)
+    for _ in range(times):
+        statistics, value = jhessians.accumulate(fold, problem, batch, statistics)
+    return statistics, value
 
 
 def test_sites_of_a_hand_written_model():
@@ -129,14 +139,13 @@ def test_sites_of_a_decoder():
 def test_covariances_of_a_hand_written_model(with_mask):
     model, batch, mask = make()
     mask = mask if with_mask else None
-    sites = jhessians.find_sites(squares, model, batch)
-    statistics = jhessians.initialize(jhessians.Covariance(), sites)
-    for _ in range(2):
-        statistics, value = accumulate(model, batch, statistics, sites=sites, mask=mask)
+    problem = problem_of(model, batch, mask)
+    statistics, value = accumulated(problem, batch, times=2)
     x, y = what_linears_see(model, batch)["head"]
     assert float(value) == pytest.approx(0.5 * (y**2).sum(), rel=1e-6)
     expected = covariances(model, batch, mask)
-    compare(statistics, sites, {name: (2 * a, 2 * s) for name, (a, s) in expected.items()})
+    twice = {name: (2 * a, 2 * s) for name, (a, s) in expected.items()}
+    compare(statistics, problem.sites, twice)
     assert "activation" not in statistics["right"]
 
 
@@ -159,14 +168,12 @@ def test_a_fold_of_ones_own_in_ones_own_jit_and_mesh(shape):
     if shape:
         names = ("rows", "columns")[: len(shape)]
         mesh = jax.make_mesh(shape, names, devices=jax.devices()[:count])
-    sites = jhessians.find_sites(squares, model, batch)
+    problem = problem_of(model, batch, mesh=mesh)
     graph, state = nnx.split(model)
 
     @jax.jit
     def mean_square_gradients(state, batch):
-        statistics = jhessians.initialize(Diagonal(), sites, mesh=mesh)
-        model = nnx.merge(graph, state)
-        statistics, _ = accumulate(model, batch, statistics, Diagonal(), sites=sites, mesh=mesh)
+        statistics, _ = accumulated(problem.of(nnx.merge(graph, state)), batch, Diagonal())
         return jax.tree.map(lambda x: x / len(batch[0]), statistics)
 
     result = mean_square_gradients(state, batch)
@@ -193,10 +200,9 @@ class Twice(nnx.Module):
 def test_a_linear_that_is_called_twice_sums_both_calls():
     model, (x, _), mask = make()
     model, batch = small.fill(lambda: Twice(nnx.Rngs(0))), (x, np.roll(x, 1))
-    sites = jhessians.find_sites(squares, model, batch)
-    assert [s.input_site for s in sites.values()] == ["linear", "other"]
-    statistics = jhessians.initialize(jhessians.Covariance(), sites)
-    statistics, _ = accumulate(model, batch, statistics, sites=sites, mask=mask)
+    problem = problem_of(model, batch, mask)
+    assert [s.input_site for s in problem.sites.values()] == ["linear", "other"]
+    statistics, _ = accumulated(problem, batch)
 
     w = np.asarray(model.linear.kernel[...], np.float64)
     a, y = (v.astype(np.float64) for v in batch)
@@ -207,7 +213,8 @@ def test_a_linear_that_is_called_twice_sums_both_calls():
     one, two, other = (
         kfac_numpy.covariances(list(zip(*call, strict=True)), list(mask))[:2] for call in calls
     )
-    compare(statistics, sites, {"linear": (one[0] + two[0], one[1] + two[1]), "other": other})
+    summed = {"linear": (one[0] + two[0], one[1] + two[1]), "other": other}
+    compare(statistics, problem.sites, summed)
 
 
 def test_documents_may_have_no_position_axis_or_two():
@@ -215,9 +222,8 @@ def test_documents_may_have_no_position_axis_or_two():
     expected = covariances(model, (x, y))
     for shape in ((24,), (4, 2, 3)):
         batch = x.reshape(*shape, I), y.reshape(*shape, O)
-        sites = jhessians.find_sites(squares, model, batch)
-        statistics = jhessians.initialize(jhessians.Covariance(), sites)
-        compare(accumulate(model, batch, statistics, sites=sites)[0], sites, expected)
+        problem = problem_of(model, batch)
+        compare(accumulated(problem, batch)[0], problem.sites, expected)
 
 
 def test_some_layers_give_the_numbers_that_all_give():
@@ -241,11 +247,11 @@ def test_some_layers_give_the_numbers_that_all_give():
 def test_uneven_rows_lie_where_they_are_said_to():
     mesh = jhessians.make_mesh(7)
     model, batch, _ = make()
-    sites = jhessians.find_sites(squares, model, batch)
-    statistics = jhessians.initialize(jhessians.Covariance(), sites, mesh=mesh)
+    problem = problem_of(model, batch, mesh=mesh)
+    statistics = jhessians.initialize(jhessians.Covariance(), problem)
     for leaf, sharding in zip(
         jax.tree.leaves(statistics),
-        jax.tree.leaves(row_shardings(sites, statistics, mesh)),
+        jax.tree.leaves(row_shardings(problem.sites, statistics, mesh)),
         strict=True,
     ):
         assert leaf.sharding == sharding
@@ -254,22 +260,17 @@ def test_uneven_rows_lie_where_they_are_said_to():
 
 def test_a_loss_that_is_no_single_number_is_refused():
     model, batch, _ = make()
-    sites = jhessians.find_sites(squares, model, batch)
-    statistics = jhessians.initialize(jhessians.Covariance(), sites)
 
     def by_document(model, batch):
         return jnp.sum((model(batch[0]) - batch[1]) ** 2, axis=(1, 2))
 
     with pytest.raises(ValueError, match="expected 1 losses"):
-        jhessians.accumulate(
-            jhessians.Covariance(), by_document, model, batch, statistics, sites=sites
-        )
+        accumulated(problem_of(model, batch, loss=by_document), batch)
 
 
 def test_sites_can_be_changed_by_hand():
     model, batch, _ = make()
     sites = jhessians.find_sites(squares, model, batch)
     own = {name: replace(site, input_site=name) for name, site in sites.items()}
-    statistics = jhessians.initialize(jhessians.Covariance(), own)
-    statistics, _ = accumulate(model, batch, statistics, sites=own)
+    statistics, _ = accumulated(jhessians.Problem(squares, model, own), batch)
     compare(statistics, own, covariances(model, batch))

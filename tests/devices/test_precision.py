@@ -69,15 +69,14 @@ def lowered(name, platform, monkeypatch):
     model, (batch,) = small.decoder(layers=1), small.batches(small.documents([9, 5, 7]))
     loss = jhessians.NextTokenLoss("dataset")
     sites = jhessians.find_sites(loss, model, batch)
+    problem = jhessians.Problem(loss, model, sites, matmul_precision=name)
     graph, state = nnx.split(model)
 
     def step(state, batch, statistics):
-        return jhessians.accumulate(
-            jhessians.Covariance(), loss, nnx.merge(graph, state), batch, statistics,
-            sites=sites, mask=batch.position_mask, matmul_precision=name,
-        )  # fmt: skip
+        here = problem.of(nnx.merge(graph, state))
+        return jhessians.accumulate(jhessians.Covariance(), here, batch, statistics)
 
-    statistics = jhessians.initialize(jhessians.Covariance(), sites)
+    statistics = jhessians.initialize(jhessians.Covariance(), problem)
     traced = jax.jit(step).trace(state, jax.tree.map(jnp.asarray, batch), statistics)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 

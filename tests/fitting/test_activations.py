@@ -1,6 +1,7 @@
 """Activations stored or recomputed: the same factors, and as much memory as was said."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jhessians
+from jhessians.capture.problem import Problem
 from jhessians.capture.sites import find_sites
 from jhessians.capture.traversal import accumulate, initialize
 from jhessians.cli.main import main
@@ -16,15 +18,15 @@ from jhessians.commands import compute as pipeline
 from jhessians.commands.compute_config import ComputeConfig
 from jhessians.data.batching import BatchPlan
 from jhessians.errors import ConfigError
-from jhessians.fitting import activations
-from jhessians.fitting.activations import RECOMPUTE, STORE, choose, largest_batch, stored_bytes
+from jhessians.fitting.activations import choose, largest_batch, stored_bytes
 from jhessians.fitting.partitions import factor_bytes
 from jhessians.models.config import ExpertsConfig, MLPConfig
 from jhessians.report.progress import Progress
 from tests import small
 from tests.oracles import checkpoints
-from tests.test_invariance import compare, fit
+from tests.test_invariance import compare
 
+STORE, RECOMPUTE = "store", "recompute"
 WIDE = {"hidden_size": 32, "heads": 2, "key_value_heads": 2, "head_size": 16, "mlp_size": 128}
 EXPERTS = ExpertsConfig(
     4, 2, MLPConfig(32, "silu", "fused", bias=True), shared=MLPConfig(8, "silu")
@@ -48,26 +50,29 @@ def shapes(documents: int, positions: int):
 def test_factors_are_the_same():
     data = small.documents([16, 9, 12, 5])
     results = {}
+    model, batches = small.decoder(**small.LLAMA), small.batches(data)
+    loss = jhessians.NextTokenLoss("dataset")
+    problem = Problem(loss, model, find_sites(loss, model, batches[0]))
     for choice in (STORE, RECOMPUTE):
-        model = small.decoder(**small.LLAMA)
-        activations.keep_activations(model, choice)
-        assert model.layers.save_products == (choice == STORE)
-        results[choice] = fit(model, data, small.batches(data), correct_eigenvalues=False)
+        results[choice] = jhessians.fit(
+            replace(problem, activations=choice), batches,
+            positions=data.positions, documents=len(data), correct_eigenvalues=False,
+        )  # fmt: skip
+    assert model.layers.save_products  # the caller's model is left as it was
     compare(results[RECOMPUTE], results[STORE])
 
 
-def temporary_bytes(loss, model, batch, sites) -> int:
+def temporary_bytes(problem, batch) -> int:
     """What XLA sets aside for a pass, sums not counted."""
     fold = jhessians.Covariance()
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(problem.model)
 
     # Memory is assigned before LLVM comes to optimise.
     @partial(jax.jit, donate_argnums=2, compiler_options={"xla_backend_optimization_level": 0})
     def step(state, batch, sums):
-        model = nnx.merge(graph, state)
-        return accumulate(fold, loss, model, batch, sums, sites=sites, mask=batch.position_mask)
+        return accumulate(fold, problem.of(nnx.merge(graph, state)), batch, sums)
 
-    sums = jax.eval_shape(lambda: initialize(fold, sites))
+    sums = jax.eval_shape(lambda: initialize(fold, problem))
     return step.lower(state, batch, sums).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -75,14 +80,14 @@ def temporary_bytes(loss, model, batch, sites) -> int:
 def test_the_estimate_is_what_xla_saves(kind):
     model = small.decoder(**WIDE | KINDS[kind], layers=16)
     loss, batch = jhessians.NextTokenLoss(), shapes(8, 64)
-    sites = find_sites(loss, model, batch)
-    expected = stored_bytes(loss, model, batch, sites)
+    problem = Problem(loss, model, find_sites(loss, model, batch))
+    expected = stored_bytes(problem, batch)
     took = {}
     for choice in (STORE, RECOMPUTE):
-        activations.keep_activations(model, choice)
-        took[choice] = temporary_bytes(loss, model, batch, sites)
-        # The model's own setting doesn't matter to the estimate.
-        assert stored_bytes(loss, model, batch, sites) == expected
+        chosen = replace(problem, activations=choice)
+        took[choice] = temporary_bytes(chosen, batch)
+        # The problem's own setting doesn't matter to the estimate.
+        assert stored_bytes(chosen, batch) == expected
     assert abs(took[STORE] - took[RECOMPUTE] - expected) < ESTIMATE * expected, (took, expected)
 
 
@@ -91,9 +96,9 @@ def test_what_is_stored_is_counted():
     model, loss = small.decoder(**WIDE, layers=3), jhessians.NextTokenLoss()
     for documents, positions in [(4, 64), (2, 16)]:
         batch = shapes(documents, positions)
-        sites = find_sites(loss, model, batch)
+        problem = Problem(loss, model, find_sites(loss, model, batch))
         numbers = 3 * 32 + (32 + 2) + 32 + 128
-        assert stored_bytes(loss, model, batch, sites) == 4 * documents * positions * 3 * numbers
+        assert stored_bytes(problem, batch) == 4 * documents * positions * 3 * numbers
 
 
 def test_the_largest_batch_of_a_device():

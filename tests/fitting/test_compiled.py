@@ -83,16 +83,15 @@ def test_donated_buffers_are_those_that_come_back():
     data = small.batches(small.documents([9, 5, 7]))
     model = small.decoder(layers=1)
     loss = jhessians.NextTokenLoss("dataset")
-    sites = jhessians.find_sites(loss, model, data[0])
+    problem = jhessians.Problem(loss, model, jhessians.find_sites(loss, model, data[0]))
     graph, state = nnx.split(model)
 
     @partial(jax.jit, donate_argnums=1)
     def step(state, statistics, batch):
-        model = nnx.merge(graph, state)
-        fold = jhessians.Covariance()
-        return jhessians.accumulate(fold, loss, model, batch, statistics, sites=sites)[0]
+        here = problem.of(nnx.merge(graph, state))
+        return jhessians.accumulate(jhessians.Covariance(), here, batch, statistics)[0]
 
-    before = jhessians.initialize(jhessians.Covariance(), sites)
+    before = jhessians.initialize(jhessians.Covariance(), problem)
     where = jax.tree.map(lambda x: x.unsafe_buffer_pointer(), before)
     after = step(state, before, data[0])
     assert jax.tree.map(lambda x: x.unsafe_buffer_pointer(), after) == where

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests.test_compiled import Compilations, nbytes, product_shapes
 
 import jhessians
 from jhessians.capture.sites import restrict, unshared
@@ -22,6 +21,7 @@ from jhessians.folds.shampoo import Shampoo
 from jhessians.linalg.projection import Projection
 from jhessians.models.config import ExpertsConfig, MLPConfig
 from tests import small
+from tests.fitting.test_compiled import Compilations, nbytes, product_shapes
 from tests.small import relative_error
 from tests.test_invariance import compare, fit, shuffled, widened
 from tests.tolerances import INVARIANCE
@@ -176,15 +176,14 @@ def lowered(model, batch, fold=None):
         loss, model, batch, select=lambda name: ".mlp." in name and "shared" not in name
     )
     assert all(site.routed for site in sites.values())
-    statistics = jhessians.initialize(fold, sites)
+    problem = jhessians.Problem(loss, model, sites)
+    statistics = jhessians.initialize(fold, problem)
     graph, state = nnx.split(model)
 
     @partial(jax.jit, donate_argnums=2)
     def step(state, batch, statistics):
-        return jhessians.accumulate(
-            fold, loss, nnx.merge(graph, state), batch, statistics,
-            sites=sites, mask=batch.position_mask,
-        )  # fmt: skip
+        here = problem.of(nnx.merge(graph, state))
+        return jhessians.accumulate(fold, here, batch, statistics)
 
     return step.lower(state, batch, statistics), statistics
 

@@ -13,11 +13,12 @@ from bergson.gradients import AdamNormalizer as TheirAdam
 from flax import nnx
 
 from jhessians.capture.fold import Context
+from jhessians.capture.problem import Problem
 from jhessians.capture.site import Site
 from jhessians.capture.sites import find_sites
 from jhessians.devices.mesh import make_mesh
 from jhessians.errors import CheckpointError, ConfigError
-from jhessians.fitting.passes import Problem, run_pass
+from jhessians.fitting.passes import run_pass
 from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer
 from jhessians.folds.second_moment import SecondMoment, stack_normalizers
 from jhessians.models.layers import Linear, Stack

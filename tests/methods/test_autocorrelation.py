@@ -17,6 +17,7 @@ from bergson import GradientProcessor as TheirProcessor
 from flax import nnx
 from transformers import Adafactor, AutoModelForCausalLM
 
+from jhessians.capture.problem import Problem
 from jhessians.capture.site import Site
 from jhessians.capture.sites import find_sites, unshared
 from jhessians.commands.compute import compute
@@ -25,7 +26,6 @@ from jhessians.commands.next_steps import next_steps
 from jhessians.devices.mesh import make_mesh
 from jhessians.errors import ConfigError
 from jhessians.fitting.autocorrelation import fit_autocorrelations
-from jhessians.fitting.passes import Problem
 from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer
 from jhessians.folds.rows import GradientRows
 from jhessians.linalg.projection import Projection

@@ -1,13 +1,14 @@
 """Label draws against the exact Gauss-Newton factor, which a small model lets us compute."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jhessians import Covariance, NextTokenLoss, accumulate, find_sites, initialize
+from jhessians import Covariance, NextTokenLoss, Problem, accumulate, find_sites, initialize
 from jhessians.data.batching import Batch
 from tests.small import decoder
 
@@ -70,17 +71,13 @@ def factor_by_draws(model, tokens):
     """By number of draws, a function of the first document's number, which decides them."""
     fold = Covariance()
     sites = find_sites(NextTokenLoss(), model, batch_of(tokens))
-    zeros = initialize(fold, sites)
+    problem = Problem(NextTokenLoss(), model, sites)
+    zeros = initialize(fold, problem)
 
     @functools.cache
     def factor(draws):
-        loss = NextTokenLoss(draws=draws)
-        step = jax.jit(
-            lambda batch: accumulate(
-                fold, loss, model, batch, zeros,
-                sites=sites, mask=batch.position_mask, draws=draws,
-            )[0]
-        )  # fmt: skip
+        drawn = replace(problem, loss=NextTokenLoss(draws=draws), draws=draws)
+        step = jax.jit(lambda batch: accumulate(fold, drawn, batch, zeros)[0])
         return lambda first: step(batch_of(tokens, first))[SITE]
 
     return factor
@@ -106,11 +103,11 @@ def test_activations_do_not_move_with_the_number_of_draws(factor_by_draws):
 
 def test_a_loss_with_other_draws_than_said_is_refused(model, tokens):
     loss, batch = NextTokenLoss(draws=3), batch_of(tokens)
-    sites = find_sites(loss, model, batch)
-    zeros = initialize(Covariance(), sites)
+    problem = Problem(loss, model, find_sites(loss, model, batch))
+    zeros = initialize(Covariance(), problem)
 
     def trace(batch):
-        return accumulate(Covariance(), loss, model, batch, zeros, sites=sites)
+        return accumulate(Covariance(), problem, batch, zeros)
 
     with pytest.raises(ValueError, match="expected 1 losses"):
         jax.eval_shape(trace, batch)
