@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from jhessians.cli.main import main
-from jhessians.commands import compute as pipeline
-from jhessians.commands.compute import compute
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute import pipeline
+from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.compute.pipeline import compute
 from jhessians.data.documents import IGNORED
 from jhessians.report.progress import Progress
 from jhessians.report.summary import Summary

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jhessians.commands.compute import compute
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.compute.pipeline import compute
 from jhessians.interop.processor import GradientProcessor
 from jhessians.report.progress import Progress
 from tests.oracles import bergson, checkpoints

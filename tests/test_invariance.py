@@ -17,7 +17,7 @@ from jhessians.data.documents import Documents
 from jhessians.devices.mesh import mark_sharded, parameter_specs
 from jhessians.folds.shampoo import Shampoo
 from jhessians.folds.tkfac import TraceCovariance
-from jhessians.interop.export import ArraySource, export_factored
+from jhessians.interop.export import ArraySource, Destination
 from tests import small
 from tests.small import relative_error
 from tests.tolerances import INVARIANCE
@@ -147,10 +147,10 @@ def test_shards_on_disk(references, tmp_path, data, shards):
         kind: {name: ArraySource(value) for name, value in modules.items()}
         for kind, modules in factors.items()
     }
-    export_factored(
-        tmp_path, sources, layout="bergson", shards=shards, dtype="fp32",
-        n_docs=len(data), total_processed=data.positions,
-    )  # fmt: skip
+    Destination(
+        tmp_path, documents=len(data), total_processed=data.positions,
+        layout="bergson", shards=shards,
+    ).write_factors(sources)  # fmt: skip
     loaded = jhessians.load_factors(tmp_path)
     assert loaded.keys() == factors.keys()
     for kind, modules in factors.items():

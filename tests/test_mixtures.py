@@ -15,8 +15,8 @@ import yaml
 from bergson import GradientProcessor as TheirProcessor
 
 from jhessians.cli.main import main
-from jhessians.commands.compute import compute
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.compute.pipeline import compute
 from jhessians.errors import CheckpointError
 from jhessians.report.progress import Progress
 from tests.oracles import bergson, checkpoints

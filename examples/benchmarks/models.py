@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for a checkout that isn't installed
 
-from jhessians.report import arithmetic  # noqa: E402
+from jhessians.fitting import arithmetic  # noqa: E402
 
 HEAD_SIZE = 64
 WEIGHTS = "model.safetensors"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from textwrap import shorten
 from types import FrameType
@@ -160,6 +161,28 @@ def _log_warning(
 def one_line(text: str) -> str:
     """The text with every run of white space, line breaks included, as one space."""
     return " ".join(text.split())
+
+
+def name_flags(text: str, names: Collection[str]) -> str:
+    """Write `names` in backquotes as flags: "use `truncation`" becomes "use --truncation".
+
+    The library knows arguments and no command line, so its messages quote their names.
+
+    Args:
+        text: A message.
+        names: The options of the command that runs; other quoted words stay as they are.
+    """
+    return re.sub(r"`(\w+)`", lambda m: f"--{m[1]}" if m[1] in names else m[0], text)
+
+
+@contextmanager
+def errors_name_flags(names: Collection[str]) -> Iterator[None]:
+    """Let every `UserError` from inside pass on with its message treated by `name_flags`."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (name_flags(str(error), names),)
+        raise
 
 
 def report_failure(error: BaseException) -> int:

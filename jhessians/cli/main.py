@@ -11,131 +11,88 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from jhessians.cli.console import quiet_libraries, report_failure, unwound_by_signals
-from jhessians.cli.parsers import (
-    CONVERT_USAGE,
-    PROGRAM,
-    build_compute_parser,
-    build_convert_parser,
-    build_mix_parser,
-    normalize_flags,
+from jhessians.cli.console import (
+    errors_name_flags,
+    quiet_libraries,
+    report_failure,
+    unwound_by_signals,
 )
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.cli.parsers import PROGRAM, build_parser, normalize_flags
+from jhessians.commands.command import Command
+from jhessians.commands.table import COMMANDS
 from jhessians.config.option import check_all, options_of
 from jhessians.errors import ConfigError, did_you_mean
-from jhessians.report.progress import Progress
 from jhessians.version import __version__
 
 
-def parse_compute(arguments: Sequence[str]) -> ComputeConfig | None:
-    """The config that a `compute` command line asks for, checked as a whole; None for --help.
+def parse(command: Command, arguments: Sequence[str]) -> Any:
+    """The config that a command line asks for, checked as a whole; None for --help.
+
+    Args:
+        command: The subcommand.
+        arguments: What follows its name.
 
     Raises:
-        ConfigError: If an option is unknown, wrong, or clashes with another.
+        ConfigError: If an option is unknown, wrong, or clashes with another, or an argument is
+            missing.
     """
-    parser = build_compute_parser()
-    given = vars(parser.parse_args(normalize_flags(arguments, options_of(ComputeConfig))))
+    options = options_of(command.config)
+    given = vars(build_parser(command).parse_args(normalize_flags(arguments, options)))
     if given.pop("help", False):
         return None
-    replayed = given.pop("config", None)
-    values = {}
-    if replayed is not None:
+    values: dict[str, Any] = {}
+    if (replayed := given.pop("config", None)) is not None:
         # Replacing a folder is a decision for today, not one to repeat from a file.
-        values = replace(ComputeConfig.from_yaml(replayed), overwrite=False).resolved_dict()
-    run_path = given.pop("run_path", None)
-    if run_path is not None:
-        values["run_path"] = run_path
-    if "run_path" not in values:
-        after = " (put it before --modules)" if "modules" in given else ""
-        raise ConfigError(
-            f"RUN_PATH is missing; give the folder to write{after}, "
-            f"such as {PROGRAM} compute runs/demo"
-        )
-    config = ComputeConfig.from_dict(values | given, where="the command line")
+        earlier = replace(command.config.from_yaml(replayed), overwrite=False)
+        values = earlier.resolved_dict()
+    places = [each.name for each in command.positionals]
+    values |= {name: given.pop(name) for name in places if name in given}
+    for each in command.positionals:
+        if each.name not in values:
+            lists = [o.name for o in options if o.kind == "list" and o.name in given]
+            before = f" (put it before --{lists[0]})" if lists else ""
+            raise ConfigError(
+                f"{each.name.upper()} is missing; give it{before}, such as {each.example}"
+            )
+    fixed = {name: values.pop(name) for name in places}
+    config = command.config(**fixed, **check_all(options, values | given, where="the command line"))
     config.validate()
     return config
 
 
-def run_compute(arguments: Sequence[str], *, on_debug: Callable[[], None]) -> None:
-    """`jhessians compute`: calls `jhessians.commands.compute.compute` and prints its summary.
+def run(command: Command, arguments: Sequence[str], *, on_debug: Callable[[], None]) -> None:
+    """Run a subcommand and print what it leaves to say.
 
     Args:
-        arguments: What follows the command's name.
+        command: The subcommand.
+        arguments: What follows its name.
         on_debug: Called if tracebacks are wanted from here on.
+
+    Raises:
+        ConfigError: If the command line is wrong.
+        UserError: If the work fails for a reason that lies in the input.
     """
-    config = parse_compute(arguments)
+    config = parse(command, arguments)
     if config is None:
-        _say(build_compute_parser().format_help().rstrip())
+        _say(build_parser(command).format_help().rstrip())
         return
     if config.debug:
         on_debug()
-    with quiet_libraries(debug=config.debug, quiet=config.quiet), _float64(config.needs_float64):
-        # jax and transformers take seconds to import: --help must not wait for them.
-        from jhessians.commands.compute import compute
-        from jhessians.report.summary import render
-
-        _keep_compilations()
-        progress = Progress(quiet=config.quiet)
-        summary = compute(config, progress)
-        # The pipeline quietens every process but the first one of several hosts.
-        if not progress.quiet:
-            _say(render(summary))
-
-
-def run_mix(arguments: Sequence[str], *, on_debug: Callable[[], None]) -> None:
-    """`jhessians mix`: calls `jhessians.commands.mix.mix` and prints its line; arguments as
-    `run_compute`.
-
-    Raises:
-        ConfigError: If an option is unknown, wrong or missing.
-    """
-    from jhessians.commands.mix import MixConfig, mix
-
-    parser = build_mix_parser()
-    options = options_of(MixConfig)
-    given = vars(parser.parse_args(normalize_flags(arguments, options)))
-    if given.pop("help", False):
-        _say(parser.format_help().rstrip())
-        return
-    config = MixConfig(**check_all(options, given, where="the command line"))
-    if config.debug:
-        on_debug()
-    with quiet_libraries(debug=config.debug, quiet=config.quiet):
-        summary = mix(config)
-    if not config.quiet:
-        _say(summary.render())
-
-
-def run_convert(arguments: Sequence[str], *, on_debug: Callable[[], None]) -> None:
-    """`jhessians convert`: calls `jhessians.commands.convert.convert`; arguments as `run_compute`.
-
-    Raises:
-        ConfigError: If an option is unknown or wrong, or a place is missing.
-    """
-    from jhessians.commands.convert import ConvertConfig, convert
-
-    parser = build_convert_parser()
-    options = options_of(ConvertConfig)
-    given = vars(parser.parse_args(normalize_flags(arguments, options)))
-    if given.pop("help", False):
-        _say(parser.format_help().rstrip())
-        return
-    places = {name: given.pop(name, None) for name in ("model", "out")}
-    for name, place in places.items():
-        if place is None:
-            raise ConfigError(f"{name.upper()} is missing; usage: {CONVERT_USAGE}")
-    config = ConvertConfig(**places, **check_all(options, given, where="the command line"))
-    config.validate()
-    if config.debug:
-        on_debug()
-    with quiet_libraries(debug=config.debug, quiet=config.quiet), _float64(config.needs_float64):
-        progress = Progress(quiet=config.quiet)
-        summary = convert(config, progress)
-        if not progress.quiet:
-            _say(summary.render())
+    names = {each.name for each in options_of(command.config)}
+    with (
+        errors_name_flags(names),
+        quiet_libraries(debug=config.debug, quiet=config.quiet),
+        _float64(config.needs_float64),
+    ):
+        if command.compiles:
+            _keep_compilations()
+        said = command.run(config)
+    if said is not None and not config.quiet:
+        _say(said)
 
 
 def _keep_compilations() -> None:
@@ -169,21 +126,6 @@ def _float64(wanted: bool) -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_enable_x64", before)
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: a line for `--help`, and what runs it."""
-
-    summary: str
-    run: Callable[..., None]
-
-
-COMMANDS = {
-    "compute": Command("fit a Hessian approximation of a model on a data set", run_compute),
-    "mix": Command("mix two autocorrelation Hessians into one", run_mix),
-    "convert": Command("convert a checkpoint from Hugging Face to Flax, or back", run_convert),
-}
 
 
 def _say(text: str) -> None:
@@ -223,7 +165,7 @@ def _dispatch(arguments: Sequence[str], on_debug: Callable[[], None]) -> None:
     elif name == "--version":
         _say(f"{PROGRAM} {__version__}")
     elif name in COMMANDS:
-        COMMANDS[name].run(rest, on_debug=on_debug)
+        run(COMMANDS[name], rest, on_debug=on_debug)
     else:
         hint = did_you_mean(name, COMMANDS) or f"; there are: {', '.join(COMMANDS)}"
         raise ConfigError(f"unknown command {name!r}{hint}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from textwrap import wrap
 from typing import Any, NoReturn
 
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.command import Command
 from jhessians.config.option import (
     FALSE_WORDS,
     TRUE_WORDS,
@@ -19,48 +19,7 @@ from jhessians.config.option import (
 from jhessians.errors import ConfigError, did_you_mean
 
 PROGRAM = "jhessians"
-
-COMPUTE_USAGE = f"{PROGRAM} compute RUN_PATH [--model NAME --dataset NAME] [options]"
-COMPUTE_DESCRIPTION = """\
-Fit a language model's Hessian, Kronecker-factored or dense, and write it as
-torch bergson reads it. Without --model and --dataset a small embedded demo is
-used.
-"""
-COMPUTE_EXAMPLES = """\
-Flags may be spelt with - or _, and a bare --flag means --flag true.
-
-examples:
-  jhessians compute runs/demo
-  jhessians compute runs/pythia --model EleutherAI/pythia-160m \\
-      --dataset NeelNanda/pile-10k --max_tokens 1000000 --truncation
-"""
-
-MIX_USAGE = f"{PROGRAM} mix --query_path PATH --index_path PATH --output_path PATH [options]"
-MIX_DESCRIPTION = """\
-Mix two autocorrelation Hessians into one, with the coefficient at which their
-spectra cross (Chang et al. 2024, arXiv:2410.17413, section A.1.3).
-"""
-MIX_EXAMPLES = """\
-Flags may be spelt with - or _, and a bare --flag means --flag true.
-
-examples:
-  jhessians mix --query_path runs/queries --index_path runs/index \\
-      --output_path runs/mixed
-"""
-
-CONVERT_USAGE = f"{PROGRAM} convert MODEL OUT [options]"
-CONVERT_DESCRIPTION = """\
-Convert a Hugging Face checkpoint into an Orbax checkpoint of the Flax module,
-which --model and converters.load take as well, or one of those back into a
-Hugging Face checkpoint: the same names and bits.
-"""
-CONVERT_EXAMPLES = """\
-Flags may be spelt with - or _, and a bare --flag means --flag true.
-
-examples:
-  jhessians convert EleutherAI/pythia-160m pythia-flax
-  jhessians convert pythia-flax pythia-again
-"""
+SPELLINGS = "Flags may be spelt with - or _, and a bare --flag means --flag true."
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,67 +48,31 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return lines
 
 
-def build_compute_parser() -> argparse.ArgumentParser:
-    """The parser of `compute`, from the options of `ComputeConfig`."""
-    parser = command_parser("compute", COMPUTE_USAGE, COMPUTE_DESCRIPTION, COMPUTE_EXAMPLES)
-    general = parser.add_argument_group("general")
-    general.add_argument(
-        "run_path", nargs="?", metavar="RUN_PATH", help="Folder to write; must not exist yet."
-    )
-    general.add_argument(
-        "--config",
-        metavar="FILE",
-        help="Replay a run: take every option from its config.yaml (--overwrite excepted), "
-        "then those given here.",
-    )
-    add_help(general)
-    add_options(parser, ComputeConfig)
-    return parser
-
-
-def build_mix_parser() -> argparse.ArgumentParser:
-    """The parser of `mix`, from the options of `MixConfig`."""
-    from jhessians.commands.mix import MixConfig
-
-    parser = command_parser("mix", MIX_USAGE, MIX_DESCRIPTION, MIX_EXAMPLES)
-    add_help(parser.add_argument_group("general"))
-    add_options(parser, MixConfig)
-    return parser
-
-
-def build_convert_parser() -> argparse.ArgumentParser:
-    """The parser of `convert`, from the options of `ConvertConfig`."""
-    from jhessians.commands.convert import ConvertConfig
-
-    parser = command_parser("convert", CONVERT_USAGE, CONVERT_DESCRIPTION, CONVERT_EXAMPLES)
-    general = parser.add_argument_group("general")
-    general.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="Hugging Face Hub name or local folder of the checkpoint, in either format.",
-    )
-    general.add_argument("out", nargs="?", metavar="OUT", help="Folder to write.")
-    add_help(general)
-    add_options(parser, ConvertConfig)
-    return parser
-
-
-def command_parser(name: str, usage: str, description: str, examples: str) -> Parser:
-    return Parser(
-        prog=f"{PROGRAM} {name}",
-        usage=usage,
-        description=description,
-        epilog=examples,
+def build_parser(command: Command) -> Parser:
+    """A subcommand's parser, made from its options."""
+    parser = Parser(
+        prog=f"{PROGRAM} {command.name}",
+        usage=f"{PROGRAM} {command.name} {command.usage}",
+        description=command.description,
+        epilog=f"{SPELLINGS}\n\nexamples:\n{command.examples}",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,
     )
-
-
-def add_help(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("-h", "--help", action="store_true", help="Show this text and leave.")
+    general = parser.add_argument_group("general")
+    for each in command.positionals:
+        general.add_argument(each.name, nargs="?", metavar=each.name.upper(), help=each.help)
+    if command.replays:
+        general.add_argument(
+            "--config",
+            metavar="FILE",
+            help="Replay a run: take every option from its config.yaml (--overwrite excepted), "
+            "then those given here.",
+        )
+    general.add_argument("-h", "--help", action="store_true", help="Show this text and leave.")
+    add_options(parser, command.config)
+    return parser
 
 
 def add_options(parser: Parser, config_class: type) -> None:

@@ -6,21 +6,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from jhessians.commands.command import Command, Positional
+from jhessians.config.machine import ConsoleOptions
+from jhessians.config.numbers import PRECISIONS
 from jhessians.config.option import option
-from jhessians.config.statistics import PRECISIONS
 from jhessians.errors import ConfigError
-from jhessians.report.progress import Progress
 
-CHECKPOINTS, OUTPUT = "checkpoints", "output"
+CHECKPOINTS = "checkpoints"
 FORMATS = {"flax": "Flax (Orbax)", "hf": "Hugging Face"}
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
+class ConvertConfig(ConsoleOptions):
     """Options of `convert`."""
 
-    model: str
-    out: str
+    model: str = ""
+    out: str = ""
 
     to: str | None = option(
         None,
@@ -36,13 +37,6 @@ class ConvertConfig:
         None, "Number format to store.",
         group=CHECKPOINTS, choices=PRECISIONS, default_text="the checkpoint's own",
     )  # fmt: skip
-    overwrite: bool = option(
-        False, "Replace OUT once the new checkpoint is complete.", group=OUTPUT
-    )
-    quiet: bool = option(False, "Print nothing but errors.", group=OUTPUT)
-    debug: bool = option(
-        False, "Show the libraries' own messages, and a traceback with every error.", group=OUTPUT
-    )
 
     def validate(self) -> None:
         """Raise ConfigError unless both places are named."""
@@ -73,7 +67,7 @@ class ConvertSummary:
         )
 
 
-def convert(config: ConvertConfig, progress: Progress) -> ConvertSummary:
+def convert(config: ConvertConfig) -> ConvertSummary:
     """Load a checkpoint and write it in the other format.
 
     The parameters are spread over all devices; every process of a run on several hosts calls this.
@@ -93,11 +87,12 @@ def convert(config: ConvertConfig, progress: Progress) -> ConvertSummary:
     from jhessians.devices.mesh import make_mesh
     from jhessians.interop.layout import DTYPES
     from jhessians.interop.rundir import RunDirectory
+    from jhessians.report.progress import Progress
 
     config.validate()
     start_hosts()
     first = jax.process_index() == 0
-    progress.quiet |= not first
+    progress = Progress(quiet=config.quiet or not first)
     mesh = make_mesh()
     spread: dict[str, Any] = {"mesh": mesh, "fsdp": True} if mesh.size > 1 else {}
     with ExitStack() as stack:
@@ -124,3 +119,37 @@ def convert(config: ConvertConfig, progress: Progress) -> ConvertSummary:
         parameters=sum(array.size for array in arrays),
         dtype=arrays[0].dtype.name,
     )
+
+
+def run(config: ConvertConfig) -> str | None:
+    """Convert, and return the last line; None where another host says it."""
+    import jax
+
+    summary = convert(config)
+    return summary.render() if jax.process_index() == 0 else None
+
+
+DESCRIPTION = """\
+Convert a Hugging Face checkpoint into an Orbax checkpoint of the Flax module,
+which --model and converters.load take as well, or one of those back into a
+Hugging Face checkpoint: the same names and bits.
+"""
+EXAMPLES = """\
+  jhessians convert EleutherAI/pythia-160m pythia-flax
+  jhessians convert pythia-flax pythia-again
+"""
+
+CONVERT = Command(
+    name="convert",
+    summary="convert a checkpoint from Hugging Face to Flax, or back",
+    usage="MODEL OUT [options]",
+    description=DESCRIPTION,
+    examples=EXAMPLES,
+    config=ConvertConfig,
+    positionals=(
+        Positional("model", "Hugging Face Hub name or local folder of the checkpoint, in either "
+                   "format.", "jhessians convert EleutherAI/pythia-160m pythia-flax"),
+        Positional("out", "Folder to write.", "jhessians convert pythia-flax pythia"),
+    ),
+    run=run,
+)  # fmt: skip

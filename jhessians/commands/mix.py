@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jhessians.config.option import option
+from jhessians.commands.command import Command
+from jhessians.config.machine import OUTPUT, ConsoleOptions
+from jhessians.config.option import option, plain_dict
 from jhessians.errors import CheckpointError, ConfigError, NumericsError
 
-STATISTICS, OUTPUT, MACHINE = "statistics", "output", "machine"
+STATISTICS = "statistics"
 
 
 @dataclass(frozen=True)
-class MixConfig:
+class MixConfig(ConsoleOptions):
     """Options of `mix`; those of bergson's command of that name, and three of ours."""
 
     query_path: str | None = option(
@@ -41,11 +42,11 @@ class MixConfig:
         "Folder to write the mixed gradient processor to; must not exist yet.",
         group=OUTPUT, metavar="PATH", default_text="required",
     )  # fmt: skip
-    overwrite: bool = option(
-        False, "Replace the output folder once the new one is complete.", group=OUTPUT
-    )
-    quiet: bool = option(False, "Print nothing but errors.", group=MACHINE)
-    debug: bool = option(False, "Print tracebacks and the libraries' own messages.", group=MACHINE)
+
+    @property
+    def needs_float64(self) -> bool:
+        """Whether some array of JAX's must be in 64 bits."""
+        return False
 
     def validate(self) -> None:
         """Raise ConfigError unless all folders are named."""
@@ -55,7 +56,7 @@ class MixConfig:
 
     def resolved_dict(self) -> dict[str, Any]:
         """Every option under its name, in plain YAML types."""
-        return dataclasses.asdict(self)
+        return plain_dict(self)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def mix(config: MixConfig) -> MixSummary:
     # JAX takes long to import: --help must not wait for it.
     import yaml
 
-    from jhessians.config.provenance import CONFIG_FILE, run_metadata
+    from jhessians.config.provenance import CONFIG_FILE, config_document
     from jhessians.interop.processor import GradientProcessor
     from jhessians.interop.processor_files import open_hessians
     from jhessians.interop.rundir import RunDirectory
@@ -132,11 +133,9 @@ def mix(config: MixConfig) -> MixSummary:
         GradientProcessor(query.normalizers, hessians, **query.settings).save(part)
         options = config.resolved_dict()
         theirs = ("query_path", "index_path", "output_path", "target_downweight_components")
-        document = {
-            "steps": [{"mix": {name: options[name] for name in theirs}}],
-            "jhessians": {"mix": options, "mixing": found._asdict()},
-            "metadata": run_metadata(),
-        }
+        step = {"mix": {name: options[name] for name in theirs}}
+        document = config_document("mix", options, step)
+        document["jhessians"]["mixing"] = found._asdict()
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
         (part / CONFIG_FILE).write_text(text, encoding="utf-8")
     return MixSummary(
@@ -223,3 +222,24 @@ def _spectrum(path: Path, hessians: dict[str, Any], eigen: dict[str, Any], order
 def _check_finite(array: np.ndarray, name: str) -> None:
     if not np.isfinite(array).all():
         raise NumericsError(f"{name} holds NaN or infinity; expected finite numbers: make it again")
+
+
+DESCRIPTION = """\
+Mix two autocorrelation Hessians into one, with the coefficient at which their
+spectra cross (Chang et al. 2024, arXiv:2410.17413, section A.1.3).
+"""
+EXAMPLES = """\
+  jhessians mix --query_path runs/queries --index_path runs/index \\
+      --output_path runs/mixed
+"""
+
+MIX = Command(
+    name="mix",
+    summary="mix two autocorrelation Hessians into one",
+    usage="--query_path PATH --index_path PATH --output_path PATH [options]",
+    description=DESCRIPTION,
+    examples=EXAMPLES,
+    config=MixConfig,
+    positionals=(),
+    run=lambda config: mix(config).render(),
+)

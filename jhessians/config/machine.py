@@ -1,4 +1,4 @@
-"""Options of where and how a `compute` run works, and what it writes; no JAX is imported."""
+"""Options of where a run computes, and what it writes and prints; no JAX is imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OUTPUT = "output"
 
 @dataclass(frozen=True)
 class MachineOptions:
-    """Where a run computes, and what it writes and prints."""
+    """Where a run computes."""
 
     token_batch_size: int = option(
         2048,
@@ -62,6 +62,12 @@ class MachineOptions:
         default_text="1, all at once",
         bergson="hessian_cfg.module_partitions",
     )
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What a fit writes."""
+
     num_shards: int | None = option(
         None,
         "Files per factor on disk; bergson reads shards in as many processes.",
@@ -79,12 +85,6 @@ class MachineOptions:
         group=OUTPUT,
         choices=("both", "bergson", "seed"),
     )
-    overwrite: bool = option(
-        False,
-        "Replace RUN_PATH if it exists.",
-        group=OUTPUT,
-        bergson="index_cfg.overwrite",
-    )
     profile: bool = option(
         False,
         "After the summary, print each stage's seconds, arithmetic, share of the machine's peak "
@@ -99,6 +99,18 @@ class MachineOptions:
         metavar="DIR",
         default_text="none",
     )
+
+
+@dataclass(frozen=True)
+class ConsoleOptions:
+    """What every command asks: may it replace its output, and how much does it say."""
+
+    overwrite: bool = option(
+        False,
+        "Replace the output folder if it exists, once the new one is complete.",
+        group=OUTPUT,
+        bergson="index_cfg.overwrite",
+    )
     quiet: bool = option(
         False,
         "Print nothing but errors.",
@@ -110,6 +122,3 @@ class MachineOptions:
         group=OUTPUT,
         bergson="index_cfg.debug",
     )
-
-
-# A dataclass has its last base's fields first.

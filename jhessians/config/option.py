@@ -177,3 +177,25 @@ def matching(flag: str, patterns: Iterable[str], names: Sequence[str]) -> list[s
             hint = did_you_mean(pattern, names) or f"; there is {names[0]}, for example"
             raise ConfigError(f"--{flag} {pattern!r} matches none of {len(names)} modules{hint}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def check_tables(config: Any) -> None:
+    """Let every table of options that a config is made of check how its own go together.
+
+    Args:
+        config: A config dataclass; each of its bases may have a method `check_together`.
+
+    Raises:
+        ConfigError: The first clash found.
+    """
+    for table in reversed(type(config).__mro__):
+        if check := vars(table).get("check_together"):
+            check(config)
+
+
+def plain_dict(config: Any) -> dict[str, Any]:
+    """Every field of a config dataclass under its name, in plain YAML types."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
-from jhessians.commands.compute_config import ComputeConfig
-from jhessians.config.option import options_of
+from jhessians.config.option import Option
 from jhessians.errors import ConfigError
 from jhessians.version import __version__
 
@@ -24,66 +23,42 @@ CONFIG_FILE = "config.yaml"
 SEED_CONFIG_FILE = "config.json"
 
 
-def to_bergson_dict(
-    config: ComputeConfig, *, model: str, dataset: str, shards: int, processes: int = 1
-) -> dict[str, Any]:
-    """The run as one `hessian` step of bergson 2.5.1.
+def bergson_places(options: Sequence[Option], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of those options that bergson has too, where its config.yaml has them.
 
     Args:
-        config: The run's options.
-        model: Name or folder of the model that was used, the demo's too.
-        dataset: The same for the data set.
-        shards: Files per factor. bergson has one process per shard, so this becomes its
-            world size.
-        processes: Hosts that took part; kept as bergson's nodes where they divide the shards.
-
-    Returns:
-        `{"hessian_cfg": {...}, "index_cfg": {...}}`, in plain YAML types.
+        options: All of a command's.
+        values: Name → value, in plain YAML types.
     """
-    step: dict[str, Any] = {
-        "hessian_cfg": {
-            "method": config.bergson_method,
-            "ev_correction": config.corrects_eigenvalues,
-        },
-        "index_cfg": {"run_path": config.run_path},
-    }
-    values = config.resolved_dict() | {
-        "model": model,
-        "dataset": dataset,
-        # bergson writes "the model's own" as an empty name.
-        "tokenizer": config.tokenizer or "",
-        "optimizer_state": config.optimizer_state or "",
-        "moe_experts": config.moe_experts or "",
-        # Its own default, which only heads that are split would mind.
-        "head_dim": config.head_dim if config.split_attention_modules else 0,
-        "use_dataset_labels": config.takes_dataset_labels,
-    }
-    for each in options_of(ComputeConfig):
+    step: dict[str, Any] = {}
+    for each in options:
         if each.bergson:
             *folders, leaf = each.bergson.split(".")
             place = step
             for folder in folders:
                 place = place.setdefault(folder, {})
             place[leaf] = values[each.name]
-    nodes = processes if shards % processes == 0 else 1
-    step["index_cfg"]["distributed"] = {"nnode": nodes, "nproc_per_node": shards // nodes}
     return step
 
 
 def config_document(
-    config: ComputeConfig,
+    command: str,
+    options: Mapping[str, Any],
+    step: Mapping[str, Any] | None,
     *,
-    model: str,
-    dataset: str,
-    shards: int,
-    processes: int = 1,
     devices: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All of config.yaml; arguments as in `to_bergson_dict`, `devices` as in `run_metadata`."""
-    step = to_bergson_dict(config, model=model, dataset=dataset, shards=shards, processes=processes)
+    """All of config.yaml.
+
+    Args:
+        command: The subcommand.
+        options: All of its options, in plain YAML types.
+        step: The run as a step of bergson's; None if bergson has no such step.
+        devices: See `run_metadata`.
+    """
     return {
-        "steps": [{"hessian": step}],
-        "jhessians": {"compute": config.resolved_dict()},
+        "steps": [] if step is None else [dict(step)],
+        "jhessians": {command: dict(options)},
         "metadata": run_metadata(devices),
     }
 
@@ -152,7 +127,7 @@ def _installed_version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """Short commit of our own checkout, `-dirty` if changed; None once installed."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     # Without this an installed copy would report the commit of whatever surrounds its venv.
     if not (root / ".git").exists():
         return None

@@ -9,8 +9,9 @@ Neither JAX nor numpy is imported: `examples/benchmarks` counts in a process tha
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 Lengths = Mapping[int, int] | Counter[int]
 """Length of a document, in tokens → how many there are."""
@@ -35,6 +36,29 @@ class Linear(Protocol):
 
 Readers = Mapping[str, float]
 """Name of a linear → the share of the tokens that each of its modules reads, if not all do."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a fit goes through.
+
+    Attributes:
+        linears: Those recorded.
+        lengths: Of the documents.
+        draws: Sampled labels a position, each with gradients of its own.
+        readers: Which linears read some of the tokens only.
+    """
+
+    linears: Sequence[Linear]
+    lengths: Lengths
+    draws: int = 1
+    readers: Readers = field(default_factory=dict)
+
+    def count(self, flop: Callable[..., float], **options: Any) -> float:
+        """`flop`, one of the functions below, of this work."""
+        if self.readers:
+            options["readers"] = self.readers
+        return flop(self.linears, self.lengths, draws=self.draws, **options)
 
 
 def count_lengths(lengths: Iterable[int]) -> Counter[int]:
@@ -79,6 +103,17 @@ def covariances(
         total += modules * first.inputs**2 * (1 if shares_inputs else draws)
         total += modules * draws * sum(each.out_features**2 for each in group)
     return total * _tokens(lengths)
+
+
+def reduced_covariances(
+    linears: Iterable[Linear], lengths: Lengths, *, draws: int = 1, readers: Readers | None = None
+) -> float:
+    """A and S of documents' mean inputs and summed gradients: sums, and a product a document."""
+    linears = list(linears)
+    sums = sum(_modules(each, readers or {}) * (each.inputs + draws * each.out_features)
+               for each in linears)  # fmt: skip
+    products = covariances(linears, {1: sum(lengths.values())}, draws=draws, readers=readers)
+    return products + sums * _tokens(lengths)
 
 
 def shampoo(

@@ -10,15 +10,15 @@ from jaxtyping import Float
 from jhessians.capture.problem import Problem
 from jhessians.capture.site import Site, Statistics
 from jhessians.devices.hosts import fetch
-from jhessians.errors import NumericsError
-from jhessians.fitting.eigenbases import from_owner, place_rows, solved_in_order
+from jhessians.fitting.eigenbases import place_rows
+from jhessians.fitting.eigensolver import Task, decompose
 from jhessians.fitting.passes import run_pass
+from jhessians.fitting.reporting import Reporter, Silent
 from jhessians.folds.gram import Gram, JointGram
 from jhessians.folds.normalizers import Normalizer
 from jhessians.folds.rows import GradientRows
 from jhessians.folds.second_moment import stack_normalizers
-from jhessians.linalg.eigen import Eigen, eigendecompose, share_by_cost
-from jhessians.report.progress import Progress
+from jhessians.linalg.eigen import Eigen
 from jhessians.typing import Array, PyTree
 
 STORED = np.dtype(np.float32)  # bergson's, whatever the type of the sums
@@ -44,7 +44,7 @@ def fit_autocorrelations(
     count: int,
     joint: bool = False,
     normalizers: Mapping[str, Normalizer] | None = None,
-    progress: Progress | None = None,
+    progress: Reporter | None = None,
     positions: int | None = None,
 ) -> Autocorrelations:
     """Grams of gradient rows divided by their number, with eigenpairs.
@@ -64,7 +64,7 @@ def fit_autocorrelations(
         CheckpointError: If a module has no normalizer that fits, while others have.
         NumericsError: If a loss or a Gram isn't finite.
     """
-    progress = progress or Progress(quiet=True)
+    progress = progress or Silent()
     fold = JointGram(rows) if joint else Gram(rows)
     operands = row_operands(problem, rows, joint=joint, normalizers=normalizers)
     with progress.stage("Grams", positions, "positions") as stage:
@@ -75,9 +75,19 @@ def fit_autocorrelations(
     matrices = list(_matrices(problem.sites, rows, joint))
     with progress.stage("Eigendecompositions", len(matrices), "matrices") as stage:
         result = Autocorrelations({}, {})
-        for name, matrix, pair in _decompose(matrices, statistics, count):
-            result.hessians[name] = matrix
-            result.eigen[name] = pair
+
+        def task(matrix: _Matrix) -> Task:
+            def read() -> Float[np.ndarray, "d d"]:
+                total = matrix.read(statistics).astype(np.float64)
+                result.hessians[matrix.name] = ((total + total.T) / (2 * count)).astype(STORED)
+                return total
+
+            name = f"the autocorrelation of {matrix.name}"
+            return Task(name, matrix.size, count, read)
+
+        pairs = decompose([task(matrix) for matrix in matrices], STORED)
+        for matrix, pair in zip(matrices, pairs, strict=True):
+            result.eigen[matrix.name] = pair
             stage.advance()
     return result
 
@@ -144,32 +154,3 @@ def _matrices(sites: Mapping[str, Site], rows: GradientRows, joint: bool) -> Ite
         for slot, module in zip(site.slots, site.module_names(), strict=True):
             for head, name in enumerate(rows.unit_names(site, module)):
                 yield _Matrix(name, site.name, slot, head * size, size)
-
-
-def _decompose(
-    matrices: list[_Matrix], statistics: Statistics, count: int
-) -> Iterator[tuple[str, Float[np.ndarray, "d d"], Eigen]]:
-    """Name, Hessian and eigenpairs of every matrix, the work divided among hosts."""
-    hosts, host = jax.process_count(), jax.process_index()
-    owners = share_by_cost([matrix.size for matrix in matrices], hosts)
-
-    def read() -> Iterator[tuple[_Matrix, np.ndarray, bool]]:
-        for matrix, owner in zip(matrices, owners, strict=True):
-            total = matrix.read(statistics).astype(np.float64)
-            # On all hosts: one that failed alone would leave the others waiting.
-            if not np.isfinite(total).all():
-                raise NumericsError(
-                    f"the autocorrelation of {matrix.name} holds NaN or infinity; expected finite "
-                    "numbers: check the weights, or use --precision fp32"
-                )
-            yield matrix, total, owner == host
-
-    def solve(task: tuple[_Matrix, np.ndarray, bool]) -> tuple[np.ndarray, Eigen | None]:
-        matrix, total, mine = task
-        mean = ((total + total.T) / (2 * count)).astype(STORED)
-        name = f"the autocorrelation of {matrix.name}"
-        return mean, eigendecompose(name, total, count, STORED) if mine else None
-
-    solved = solved_in_order(solve, read(), max(matrix.size for matrix in matrices))
-    for matrix, owner, (mean, pair) in zip(matrices, owners, solved, strict=True):
-        yield matrix.name, mean, from_owner(pair, owner, matrix.size, STORED)

@@ -1,9 +1,9 @@
 """What lies between the passes of a fit: the covariances' eigendecompositions."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,10 @@ from jhessians.capture.site import Site, Statistics
 from jhessians.capture.traversal import shaped_rows
 from jhessians.devices.hosts import fetch
 from jhessians.devices.mesh import axis_names
-from jhessians.errors import NumericsError
-from jhessians.fitting.memory import eigendecompositions_at_once
-from jhessians.linalg.eigen import (
-    Eigen,
-    eigendecompose,
-    ordered_map,
-    share_by_cost,
-    usable_cores,
-)
+from jhessians.fitting.eigensolver import Task, decompose
+from jhessians.linalg.eigen import Eigen
 from jhessians.linalg.symmetric import unpack
 from jhessians.typing import Array, DTypeLike, PyTree
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 KINDS: tuple[Literal["activation", "gradient"], ...] = ("activation", "gradient")
 
@@ -69,12 +59,12 @@ def covariance_matrices(sites: Mapping[str, Site]) -> list[Matrix]:
 
 
 @dataclass(frozen=True)
-class PositionCounts:
-    """How many positions were summed.
+class TermCounts:
+    """How many terms were summed: positions, or documents, by the fold's unit.
 
     Attributes:
         total: By every linear that reads all of them.
-        routed: By each expert, [member], by site; for sites without an entry, as by the others.
+        routed: By each expert, [member], by site; sites without an entry read all.
     """
 
     total: int
@@ -116,17 +106,17 @@ def eigendecompose_covariances(
     problem: Problem,
     statistics: Statistics,
     *,
-    positions: PositionCounts,
+    terms: TermCounts,
     dtype: np.dtype,
     advance: Callable[[], None] = lambda: None,
 ) -> Eigenbases:
-    """Eigenpairs of every covariance's mean over positions, the work divided among hosts.
+    """Eigenpairs of every covariance's mean over its terms, the work divided among hosts.
 
     Args:
         problem: Sites and mesh.
         statistics: Of `Covariance`; emptied on the way, so that a covariance's memory is free
             once all of its stack is on its way to an eigensolver.
-        positions: How many positions were summed.
+        terms: How many terms were summed.
         dtype: Of the result.
         advance: Called when a matrix is done.
 
@@ -134,48 +124,29 @@ def eigendecompose_covariances(
         NumericsError: If a matrix isn't finite; it is named.
     """
     order = sorted(covariance_matrices(problem.sites), key=lambda m: -m.dimension)
-    hosts = jax.process_count()
-    owners = share_by_cost([m.dimension for m in order], hosts)
     pending = Counter((m.site.name, m.kind) for m in order)
-    remaining = pending.copy()
+    unread = pending.copy()
 
-    def matrices() -> Iterator[tuple[Matrix, np.ndarray | None]]:
-        for matrix, owner in zip(order, owners, strict=True):
-            whole = matrix.read(statistics)
-            remaining[matrix.site.name, matrix.kind] -= 1
-            if not remaining[matrix.site.name, matrix.kind]:
+    def task(matrix: Matrix) -> Task:
+        def read() -> np.ndarray:
+            whole, key = matrix.read(statistics), (matrix.site.name, matrix.kind)
+            unread[key] -= 1
+            if not unread[key]:
                 del statistics[matrix.site.name][matrix.kind]
-            yield matrix, whole if owner == jax.process_index() else None
+            return whole
 
-    def solve(task: tuple[Matrix, np.ndarray | None]) -> Eigen | None:
-        matrix, whole = task
-        if whole is None:
-            return None
-        try:
-            return eigendecompose(matrix.name, whole, positions.of(matrix.site, matrix.slot), dtype)
-        except NumericsError:
-            if hosts == 1:
-                raise
-            # The others wait for a result, and see from this one that there is none.
-            return Eigen(*(np.full((matrix.dimension,) * n, np.nan, dtype) for n in (1, 2)))
+        return Task(matrix.name, matrix.dimension, terms.of(matrix.site, matrix.slot), read)
 
-    solved = solved_in_order(solve, matrices(), order[0].dimension)
     bases = Eigenbases({}, {})
     stacks: dict[tuple[str, str], Eigen] = {}
-    for matrix, owner, pair in zip(order, owners, solved, strict=True):
+    for matrix, pair in zip(order, decompose([task(m) for m in order], dtype), strict=True):
         site, kind, slot = matrix
-        values, vectors = from_owner(pair, owner, matrix.dimension, dtype)
-        if not np.isfinite(values).all():
-            raise NumericsError(
-                f"{matrix.name} holds NaN or infinity, or has no eigendecomposition; expected "
-                "finite numbers: check the weights, or use --precision fp32"
-            )
         key = (site.name, kind)
         if slot is None:
-            stacks[key] = Eigen(values, vectors)
+            stacks[key] = pair
         else:
-            stack = stacks.setdefault(key, _empty_stack(len(site.members or ()), values, vectors))
-            stack.values[slot], stack.vectors[slot] = values, vectors
+            stack = stacks.setdefault(key, _empty_stack(len(site.members or ()), *pair))
+            stack.values[slot], stack.vectors[slot] = pair
         pending[key] -= 1
         if not pending[key]:
             done = stacks.pop(key)
@@ -186,44 +157,8 @@ def eigendecompose_covariances(
     return bases
 
 
-def solved_in_order(
-    solve: Callable[[Item], Result], tasks: Iterable[Item], dimension: int
-) -> Iterator[Result]:
-    """Eigendecompositions as tasks, as many side by side as cores and memory allow.
-
-    Args:
-        solve: Of a task.
-        tasks: In the same order on every host; each solves its own and passes over the others'.
-        dimension: Rows of the largest matrix.
-    """
-    workers = eigendecompositions_at_once(dimension)
-    return ordered_map(
-        solve, tasks, workers=workers, window=(workers + 1) * jax.process_count(),
-        blas_threads=max(1, usable_cores() // workers),
-    )  # fmt: skip
-
-
 def _empty_stack(layers: int, *entries: np.ndarray) -> Eigen:
     return Eigen(*(np.empty((layers, *x.shape), x.dtype) for x in entries))
-
-
-def from_owner(pair: Eigen | None, owner: int, d: int, dtype: np.dtype) -> Eigen:
-    """The result of the host that computed it, on every host.
-
-    Args:
-        pair: The result, on that host.
-        owner: That host.
-        d: Rows of the matrix.
-        dtype: Of the result.
-    """
-    if jax.process_count() == 1:
-        assert pair is not None
-        return pair
-    from jax.experimental import multihost_utils
-
-    mine = pair or Eigen(np.empty(d, dtype), np.empty((d, d), dtype))
-    shared = multihost_utils.broadcast_one_to_all(mine, is_source=owner == jax.process_index())
-    return Eigen(*(np.asarray(x) for x in shared))
 
 
 def place_rows(array: np.ndarray, mesh: Mesh | None, *, axis: int) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jhessians.capture.site import Site, Statistics
-from jhessians.fitting.eigenbases import Eigenbases, Matrix, PositionCounts
+from jhessians.fitting.eigenbases import Eigenbases, Matrix, TermCounts
 from jhessians.interop.sources import ArraySource, ScaledSource, TensorSource
 
 Kinds = dict[str, dict[str, TensorSource]]
@@ -29,14 +29,14 @@ def covariance_sources(sites: Mapping[str, Site], statistics: Statistics) -> Kin
 
 
 def eigen_sources(
-    sites: Mapping[str, Site], bases: Eigenbases, positions: PositionCounts, documents: int
+    sites: Mapping[str, Site], bases: Eigenbases, terms: TermCounts, documents: int
 ) -> Kinds:
     """Eigenvectors, their outer eigenvalues, and each factor's own.
 
     Args:
         sites: The linears.
-        bases: Eigenpairs of means over positions.
-        positions: How many those were.
+        bases: Eigenpairs of means over terms.
+        terms: How many those were.
         documents: How many documents: eigenvalues become means over these.
     """
     kinds: Kinds = {
@@ -51,7 +51,7 @@ def eigen_sources(
         a, s = (site.input_site, "activation", site.inputs), (site.name, "gradient",
                                                               site.out_features)  # fmt: skip
         values = {}
-        per_document = positions.of(site, slot) / documents
+        per_document = terms.of(site, slot) / documents
         for name, kind, d in (a, s):
             vectors = bases.vectors[name][kind]
             kinds[f"{kind}_eigenvectors"][module] = ArraySource(vectors, index=index, shape=(d, d))

@@ -10,16 +10,16 @@ import numpy as np
 from jhessians.capture.problem import Problem
 from jhessians.capture.sites import unshared
 from jhessians.fitting.eigenbases import (
-    PositionCounts,
+    TermCounts,
     covariance_matrices,
     eigendecompose_covariances,
     eigenvector_shapes,
 )
 from jhessians.fitting.factors import Kinds, correction_sources, covariance_sources, eigen_sources
 from jhessians.fitting.passes import Pass
+from jhessians.fitting.reporting import Reporter, Silent
 from jhessians.folds.correction import EigenvalueCorrection
-from jhessians.folds.covariance import Covariance, FactorFold, routed_positions
-from jhessians.report.progress import Progress
+from jhessians.folds.covariance import Covariance, FactorFold, routed_terms
 from jhessians.typing import PyTree
 
 
@@ -78,21 +78,23 @@ def fit_stages(
     *,
     positions: int,
     documents: int,
+    terms: int | None = None,
     method: FactorFold,
     correct_eigenvalues: bool,
     dtype: Any,
-    progress: Progress | None = None,
+    progress: Reporter | None = None,
 ) -> Iterator[Kinds]:
     """The factors, some kinds at a time, in the order in which they are computed.
 
-    Arguments and errors are those of `fit`. What a stage yields must be read before the next one
+    Arguments and errors are those of `fit`; `terms` is how many `method.unit`s are summed, by
+    default the positions. What a stage yields must be read before the next one
     is asked for, which takes its memory.
     """
     if isinstance(batches, Iterator):
         raise TypeError("batches is an iterator; expected something to iterate twice, as a list")
     if not problem.sites:
         raise ValueError("there are no linears to fit; expected some jhessians.Linear in the model")
-    progress = progress or Progress(quiet=True)
+    progress = progress or Silent()
     dtype = jnp.dtype(dtype)
     if not method.shares_inputs:
         problem = replace(problem, sites=unshared(problem.sites))
@@ -105,19 +107,19 @@ def fit_stages(
             correction.compile_ahead(next(iter(batches)), operands)
         covariances = Pass(method, problem, dtype=dtype).run(batches, advance=stage.advance)
         covariances = method.finish(sites, covariances)
-    counts = PositionCounts(positions, routed_positions(covariances))
+    counts = TermCounts(positions if terms is None else terms, routed_terms(covariances))
     if unused := sum(int((routed == 0).sum()) for routed in counts.routed.values()):
         everyone = sum(len(routed) for routed in counts.routed.values())
         progress.warn(
             f"{unused} of {everyone} expert linears got no position: their factors are zero; "
-            "give more data, or leave them out with --filter_modules"
+            "give more data, or leave these modules out"
         )
     yield covariance_sources(sites, covariances)
 
     matrices = len(covariance_matrices(sites))
     with progress.stage("Eigendecompositions", matrices, "matrices") as stage:
         bases = eigendecompose_covariances(
-            problem, covariances, positions=counts, dtype=dtype, advance=stage.advance
+            problem, covariances, terms=counts, dtype=dtype, advance=stage.advance
         )
     yield eigen_sources(sites, bases, counts, documents)
 

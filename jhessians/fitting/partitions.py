@@ -34,7 +34,7 @@ def partition(sites: Mapping[str, Site], count: int) -> list[dict[str, Site]]:
     units = _units(sites)
     if count > len(units):
         raise ConfigError(
-            f"--module_partitions {count} divides {len(units)} groups of modules that read the "
+            f"{count} partitions divide {len(units)} groups of modules that read the "
             f"same input; give at most {len(units)}"
         )
     total, before = sum(size for _, size in units), 0
@@ -59,20 +59,19 @@ def needed_partitions(sites: Mapping[str, Site], itemsize: int, devices: int) ->
     return min(len(units), max(1, math.ceil(needed / (SHARE * free_memory()))))
 
 
-def factor_bytes(sites: Mapping[str, Site], count: int, itemsize: int, devices: int) -> int:
-    """Bytes of a device's share of the factors of the largest of `count` groups.
+def factor_bytes(sites: Mapping[str, Site], count: int, itemsize: int) -> int:
+    """Bytes of the factors of the largest of `count` groups, over all devices.
 
     Args:
         sites: All linears.
         count: How many groups.
         itemsize: Bytes of a number.
-        devices: Over which rows are spread.
 
     Raises:
         ConfigError: If there are fewer linears than groups.
     """
     groups = partition(sites, count)
-    return max(sum(size for _, size in _units(group)) for group in groups) * itemsize // devices
+    return max(sum(size for _, size in _units(group)) for group in groups) * itemsize
 
 
 def _units(sites: Mapping[str, Site]) -> list[tuple[list[str], int]]:

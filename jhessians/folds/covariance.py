@@ -16,7 +16,7 @@ from jhessians.capture.fold import Context, Fold
 from jhessians.capture.site import Site, Statistics
 from jhessians.devices.hosts import fetch
 from jhessians.linalg.symmetric import packed_gram, packed_shapes, packed_trace
-from jhessians.typing import Array, DTypeLike, Float, PyTree
+from jhessians.typing import Array, DTypeLike, Float, Int, PyTree
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,12 @@ class Covariance:
 
     dtype: DTypeLike = jnp.float32
     shares_inputs = True  # A depends on the input alone
+    unit = "position"
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
         shapes: dict[str, Any] = {**factor_shapes(site, self.dtype)}
         if site.routed:
-            shapes["positions"] = jax.ShapeDtypeStruct((2,), self.dtype)
+            shapes["terms"] = jax.ShapeDtypeStruct((2,), self.dtype)
         return shapes
 
     def term(
@@ -48,9 +49,7 @@ class Covariance:
         if site.owns_input:
             term["activation"] = self._gram(with_ones(a, site), context)
         if site.routed:
-            # Two digits, whose sums stay exact where that of the number would round above 2**24.
-            count = context.mask.sum()
-            term["positions"] = jnp.stack([count // 256, count % 256]).astype(self.dtype)
+            term["terms"] = two_digits(context.mask.sum(), self.dtype)
         return term
 
     def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
@@ -63,12 +62,20 @@ class Covariance:
         )
 
 
-def routed_positions(statistics: Statistics) -> dict[str, np.ndarray]:
-    """How many positions were summed for each expert, by site; nothing for other sites."""
+def two_digits(count: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "2"]:
+    """A count in base 256: sums of its digits stay exact where sums of it would round at 2**24."""
+    return jnp.stack([count // 256, count % 256]).astype(dtype)
+
+
+def routed_terms(statistics: Statistics) -> dict[str, np.ndarray]:
+    """How many positions, or documents, were summed for each expert, [member], by site.
+
+    Sites that aren't experts have no entry.
+    """
     return {
-        name: np.round(fetch(sums["positions"])[:, :2]).astype(np.int64) @ np.array([256, 1])
+        name: np.round(fetch(sums["terms"])[:, :2]).astype(np.int64) @ np.array([256, 1])
         for name, sums in statistics.items()
-        if "positions" in sums
+        if "terms" in sums
     }
 
 
@@ -78,9 +85,11 @@ class FactorFold(Fold, Protocol):
 
     Attributes:
         shares_inputs: Whether linears that read the same array have the same activation matrix.
+        unit: What a term of the sums stands for; eigenvalues are of means over these.
     """
 
     shares_inputs: bool
+    unit: str
 
     def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
         """The factors, from sums over the whole data set."""

@@ -34,6 +34,7 @@ class Shampoo:
 
     dtype: DTypeLike = jnp.float32
     shares_inputs = False  # A depends on the gradients too
+    unit = "position"
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
         return factor_shapes(site, self.dtype)

@@ -35,6 +35,7 @@ class TraceCovariance:
     dtype: DTypeLike = jnp.float32
     normalize: bool = False
     shares_inputs = False  # A depends on the gradients too
+    unit = "position"
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
         return factor_shapes(site, self.dtype)

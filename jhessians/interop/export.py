@@ -5,7 +5,9 @@ Where both trees hold the same tensors, one file has two names.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,182 +40,156 @@ from jhessians.interop.sources import ArraySource, ScaledSource, TensorSource
 
 __all__ = [
     "ArraySource",
+    "Destination",
     "ScaledSource",
     "TensorSource",
-    "export_factored",
     "link_or_copy",
     "write_config",
-    "write_kind",
-    "write_processor",
     "write_sharded",
-    "write_totals",
 ]
 
 
-def write_kind(
-    root: Path,
-    kind: str,
-    tensors: Mapping[str, TensorSource],
-    *,
-    layout: Layout,
-    shards: int,
-    dtype: str,
-    n_docs: int,
-    total_processed: int,
-    among: Mapping[str, tuple[int, ...]] | None = None,
-    fresh: bool = True,
-    last: bool = True,
-) -> None:
-    """Write one kind of factor, where each tree of `layout` wants it.
+@dataclass(frozen=True)
+class Destination:
+    """Where a fit's results go, and in which form. Every process of a run has an equal one.
 
-    Args:
+    Attributes:
         root: The run directory.
-        kind: A key of `KINDS`.
-        tensors: Module name → rows, scaled as bergson has it.
-        layout: Which trees.
-        shards, dtype: See `write_sharded`.
-        n_docs: Documents in the data set, short ones included.
-        total_processed: Masked positions over the data set; the seed's divisor.
-        among, fresh: See `write_sharded`, for a kind that several calls write.
-        last: Whether this is the last of those.
+        documents: N, in the data set, short ones included.
+        total_processed: n, the terms in the sums over the data set: positions, unless the
+            method sums documents.
+        layout: Which trees to write.
+        shards: Files per factor.
+        dtype: Number format of stored factors: "fp64", "fp32", "fp16" or "bf16".
 
     Raises:
-        ValueError: If `kind` is unknown or a count is not positive.
-        NumericsError, OutputError: See `write_sharded`.
+        ValueError: If a count is not positive.
     """
-    if n_docs < 1 or total_processed < 1:
-        raise ValueError(f"counts must be positive: {n_docs=}, {total_processed=}")
-    written = kind_folder(root, kind, "bergson") if layout != "seed" else None
-    if written is not None:
-        write_sharded(
-            written, tensors,
-            shards=shards, dtype=dtype, replicated=KINDS[kind].replicated, among=among, fresh=fresh,
-        )  # fmt: skip
-    seed = kind_folder(root, kind, "seed") if layout != "bergson" else None
-    if seed is None:
-        return
-    if KINDS[kind].seed_per_position:
-        scale = n_docs / total_processed
-        scaled = {name: ScaledSource(source, scale) for name, source in tensors.items()}
-        write_sharded(seed, scaled, shards=shards, dtype=dtype, among=among, fresh=fresh)
-    elif written is None:
-        write_sharded(seed, tensors, shards=shards, dtype=dtype, among=among, fresh=fresh)
-    elif last:
-        link_or_copy(written, seed)
 
+    root: Path
+    documents: int
+    total_processed: int
+    layout: Layout = "both"
+    shards: int = 1
+    dtype: str = "fp32"
 
-def write_totals(
-    root: Path, *, layout: Layout, total_processed: int, corrected: bool, include_bias: bool = False
-) -> None:
-    """Write the small files beside the shards: position counts and the seed's processor files.
+    def __post_init__(self) -> None:
+        if self.documents < 1 or self.total_processed < 1:
+            raise ValueError(f"counts must be positive: {self.documents=}, {self.total_processed=}")
 
-    Args:
-        root: The run directory.
-        layout: Which trees.
-        total_processed: Masked positions over the data set.
-        corrected: Whether there was a pass for the eigenvalue correction, which the seed
-            counted separately.
-        include_bias: Whether activations carry a column of ones for the bias.
+    def write_kind(
+        self,
+        kind: str,
+        tensors: Mapping[str, TensorSource],
+        *,
+        among: Mapping[str, tuple[int, ...]] | None = None,
+        fresh: bool = True,
+        last: bool = True,
+    ) -> None:
+        """Write one kind of factor, where each tree wants it.
 
-    Raises:
-        OutputError: If the disk is full, read-only or not ours.
-    """
-    count = np.array(total_processed, np.int64)
-    failure: OSError | None = None
-    if jax.process_index() == 0:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            if layout != "seed":
-                torchfile.save(count, root / TOTAL_FILE)
-            if layout != "bergson":
-                (root / SEED_ROOT).mkdir(exist_ok=True)
+        Args:
+            kind: A key of `KINDS`.
+            tensors: Module name → rows, scaled as bergson has it.
+            among, fresh: See `write_sharded`, for a kind that several calls write.
+            last: Whether this is the last of those.
+
+        Raises:
+            ValueError: If `kind` is unknown.
+            NumericsError: If a value isn't finite, or overflows the number format.
+            OutputError: If the disk is full, read-only or not ours.
+        """
+        write = partial(
+            write_sharded, shards=self.shards, dtype=self.dtype, among=among, fresh=fresh
+        )
+        written = kind_folder(self.root, kind, "bergson") if self.layout != "seed" else None
+        if written is not None:
+            write(written, tensors, replicated=KINDS[kind].replicated)
+        seed = kind_folder(self.root, kind, "seed") if self.layout != "bergson" else None
+        if seed is None:
+            return
+        if KINDS[kind].seed_per_position:
+            scale = self.documents / self.total_processed
+            write(seed, {name: ScaledSource(source, scale) for name, source in tensors.items()})
+        elif written is None:
+            write(seed, tensors)
+        elif last:
+            link_or_copy(written, seed)
+
+    def write_totals(self, *, corrected: bool, include_bias: bool = False) -> None:
+        """Write the small files beside the shards: counts and the seed's processor files.
+
+        Args:
+            corrected: Whether there was a pass for the eigenvalue correction, which the seed
+                counted separately.
+            include_bias: Whether activations carry a column of ones for the bias.
+
+        Raises:
+            OutputError: If the disk is full, read-only or not ours.
+        """
+        count = np.array(self.total_processed, np.int64)
+
+        def write() -> None:
+            if self.layout != "seed":
+                torchfile.save(count, self.root / TOTAL_FILE)
+            if self.layout != "bergson":
+                (self.root / SEED_ROOT).mkdir(exist_ok=True)
                 names = [TOTAL_FILE, *([SEED_TOTAL_LAMBDA_FILE] if corrected else [])]
                 for name in names:
-                    torchfile.save(count, root / SEED_ROOT / name)
+                    torchfile.save(count, self.root / SEED_ROOT / name)
                 for name in ("normalizers.pth", "preconditioners.pth"):
-                    torchfile.save({}, root / name)
+                    torchfile.save({}, self.root / name)
                 processor = GradientProcessor(include_bias=include_bias)
-                _write_json(root / LEGACY_CONFIG_FILE, _seed_settings(processor))
-        except OSError as error:
-            failure = error
-    raise_together(failure, root)
+                _write_json(self.root / LEGACY_CONFIG_FILE, _seed_settings(processor))
 
+        _on_first_process(write, self.root)
 
-def write_processor(
-    root: Path, processor: GradientProcessor, *, layout: Layout, total_processed: int
-) -> None:
-    """Write autocorrelation Hessians: bergson's files, their older names, or both, linked.
+    def write_processor(self, processor: GradientProcessor) -> None:
+        """Write autocorrelation Hessians: bergson's files, their older names, or both, linked.
 
-    Args:
-        root: The run directory.
-        processor: Everything.
-        layout: Which names.
-        total_processed: Masked positions over the data set.
+        Raises:
+            OutputError: If the disk is full, read-only or not ours.
+        """
 
-    Raises:
-        OutputError: If the disk is full, read-only or not ours.
-    """
-    failure: OSError | None = None
-    if jax.process_index() == 0:
-        try:
-            processor.save(root)
-            torchfile.save(np.array(total_processed, np.int64), root / TOTAL_FILE)
-            if layout != "bergson":
+        def write() -> None:
+            processor.save(self.root)
+            torchfile.save(np.array(self.total_processed, np.int64), self.root / TOTAL_FILE)
+            if self.layout != "bergson":
                 for name, older in LEGACY_NAMES.items():
-                    link_file(root / name, root / older)
-                _write_json(root / LEGACY_CONFIG_FILE, _seed_settings(processor))
-            if layout == "seed":
+                    link_file(self.root / name, self.root / older)
+                _write_json(self.root / LEGACY_CONFIG_FILE, _seed_settings(processor))
+            if self.layout == "seed":
                 for name in (*LEGACY_NAMES, PROCESSOR_FILE):
-                    (root / name).unlink()
-        except OSError as error:
-            failure = error
-        except OutputError as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            failure = error.__cause__
-    raise_together(failure, root)
+                    (self.root / name).unlink()
 
+        _on_first_process(write, self.root)
 
-def export_factored(
-    root: Path,
-    factors: Mapping[str, Mapping[str, TensorSource]],
-    *,
-    layout: Layout,
-    shards: int,
-    dtype: str,
-    n_docs: int,
-    total_processed: int,
-    include_bias: bool = False,
-) -> None:
-    """Write a whole factored Hessian: every kind given, then the small files.
+    def write_factors(
+        self,
+        factors: Mapping[str, Mapping[str, TensorSource]],
+        *,
+        include_bias: bool = False,
+    ) -> None:
+        """Write a whole factored Hessian: every kind given, then the small files.
 
-    The stages of a run call `write_kind` and `write_totals` instead, as results come in.
+        The stages of a fit call `write_kind` and `write_totals` instead, as results come in.
 
-    Args:
-        root: The run directory.
-        factors: Kind (see `KINDS`) → module name → rows; kinds that a method lacks are left out.
-        layout, shards, dtype, n_docs, total_processed: See `write_kind`.
-        include_bias: See `write_totals`.
+        Args:
+            factors: Kind (see `KINDS`) → module name → rows; kinds that a method lacks are left
+                out.
+            include_bias: See `write_totals`.
 
-    Raises:
-        ValueError: If the kinds don't hold the same modules.
-        NumericsError, OutputError: See `write_sharded`.
-    """
-    modules = {kind: list(tensors) for kind, tensors in factors.items()}
-    if any(names != next(iter(modules.values())) for names in modules.values()):
-        raise ValueError(f"kinds hold different modules, or in another order: {modules}")
-    for kind, tensors in factors.items():
-        write_kind(
-            root, kind, tensors, layout=layout, shards=shards, dtype=dtype,
-            n_docs=n_docs, total_processed=total_processed,
-        )  # fmt: skip
-    write_totals(
-        root,
-        layout=layout,
-        total_processed=total_processed,
-        corrected="eigenvalue_correction" in factors,
-        include_bias=include_bias,
-    )
+        Raises:
+            ValueError: If the kinds don't hold the same modules.
+            NumericsError: If a value isn't finite, or overflows the number format.
+            OutputError: If the disk is full, read-only or not ours.
+        """
+        modules = {kind: list(tensors) for kind, tensors in factors.items()}
+        if any(names != next(iter(modules.values())) for names in modules.values()):
+            raise ValueError(f"kinds hold different modules, or in another order: {modules}")
+        for kind, tensors in factors.items():
+            self.write_kind(kind, tensors)
+        self.write_totals(corrected="eigenvalue_correction" in factors, include_bias=include_bias)
 
 
 def write_config(
@@ -240,18 +216,35 @@ def write_config(
     for step in document["steps"]:
         for command in step.values():
             _check_bergson_knows(command)
+
+    def write() -> None:
+        if layout != "seed":
+            text = yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
+            (root / "config.yaml").write_text(text, encoding="utf-8")
+        if layout != "bergson":
+            values = {**resolved, "metadata": document.get("metadata", {})}
+            _write_json(root / "config.json", values)
+
+    _on_first_process(write, root)
+
+
+def _on_first_process(write: Callable[[], None], root: Path) -> None:
+    """Call `write` on process 0 alone; a failure to write there is raised on all of them.
+
+    Raises:
+        OutputError: If the disk is full, read-only or not ours.
+    """
     failure: OSError | None = None
     if jax.process_index() == 0:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            if layout != "seed":
-                text = yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
-                (root / "config.yaml").write_text(text, encoding="utf-8")
-            if layout != "bergson":
-                values = {**resolved, "metadata": document.get("metadata", {})}
-                _write_json(root / "config.json", values)
+            write()
         except OSError as error:
             failure = error
+        except OutputError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            failure = error.__cause__
     raise_together(failure, root)
 
 

@@ -1,1 +1,1 @@
-"""How each method fits and writes its Hessian, and what options it has. One kind, one file."""
+"""Ways to approximate the Hessian: one file says everything that there is to know of one."""

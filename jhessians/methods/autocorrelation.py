@@ -1,94 +1,159 @@
 """The dense method: Grams of normalised, projected gradients, written as a gradient processor.
 
+TRAK's kernel, Park et al. 2023, arXiv:2303.14186; TrackStar's, Chang et al. 2024, arXiv:2410.17413.
 What torch bergson 2.5.1 does not do here, and we do: `--attribute_tokens` (its collectors know it,
 its `hessian` command drops it) and sampled labels. `--reshape_to_square` is recorded in both and
 changes no number in either.
 """
 
-import os
-from collections.abc import Mapping
-from dataclasses import replace
+from __future__ import annotations
 
-from jhessians.capture.problem import Problem
-from jhessians.capture.site import Site
-from jhessians.capture.sites import unshared
-from jhessians.commands.compute_config import ComputeConfig
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from jhessians.config.option import matching
 from jhessians.config.units import bytes_in_words
 from jhessians.errors import ConfigError
-from jhessians.fitting.autocorrelation import fit_autocorrelations
-from jhessians.fitting.passes import run_pass
-from jhessians.folds.normalizers import Normalizer
-from jhessians.folds.rows import GradientRows
-from jhessians.folds.second_moment import SecondMoment
-from jhessians.interop.export import write_processor
-from jhessians.interop.optax_state import is_orbax
-from jhessians.interop.optimizer_state import load_normalizers
-from jhessians.interop.processor import GradientProcessor
-from jhessians.linalg.projection import Projection
-from jhessians.methods.run import Run
+from jhessians.fitting import arithmetic
+from jhessians.methods.autocorrelation_options import AutocorrelationOptions
+from jhessians.methods.method import Method
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jhessians.capture.problem import Problem
+    from jhessians.capture.site import Site
+    from jhessians.folds.normalizers import Normalizer
+    from jhessians.folds.rows import GradientRows
+    from jhessians.linalg.projection import Projection
+    from jhessians.methods.method import Run
 
 LARGE_BYTES = 1 << 30  # of all Grams, from which on a user is warned
 
 
-def fit_run(run: Run) -> None:
-    """Normalizers, Grams and eigendecompositions, then all files.
+@dataclass(frozen=True, kw_only=True)
+class AutocorrelationMethod(Method):
+    """A method whose Hessian is a dense Gram for each module, or one for all of them."""
 
-    Raises:
-        ConfigError: If modules can't be split into the heads that are asked for.
-        CheckpointError: If the optimizer's state has no normalizer for a module.
-        NumericsError: If a loss or a Gram isn't finite.
-        OutputError: If the disk is full, read-only or not ours.
-    """
-    config = run.config
-    problem = replace(run.problem, sites=unshared(run.problem.sites))
-    rows = GradientRows(
-        projection=_projection(config),
-        tokens=config.attribute_tokens,
-        split=split_sites(config, problem.sites),
-        heads=max(1, config.num_heads),
-        dtype=run.dtype,
-    )
-    joint = config.projection_target == "global"
-    if not joint:
-        _check_memory(run, problem.sites, rows)
-    normalizers = _normalizers(run, problem)
-    documents = run.documents
-    result = fit_autocorrelations(
-        problem,
-        run.batches,
-        rows,
-        count=documents.positions if config.attribute_tokens else len(documents),
-        joint=joint,
-        normalizers=normalizers,
-        progress=run.progress,
-        positions=documents.positions,
-    )
-    processor = GradientProcessor(
-        normalizers,
-        result.hessians,
-        {name: (pair.values, pair.vectors) for name, pair in result.eigen.items()},
-        projection_dim=config.projection_dim or None,
-        reshape_to_square=config.reshape_to_square,
-        projection_type=rows.projection.kind if rows.projection else "rademacher",
-        projection_target="global" if joint else "per_module",
-        projection_scale=rows.projection.scale if rows.projection else "jl",
-        include_bias=config.include_bias,
-        projection_seed=config.projection_seed,
-    )
-    with run.progress.stage("Export"):
-        write_processor(
-            run.part, processor, layout=config.layout, total_processed=documents.positions
+    product: ClassVar[str] = "Hessians"
+    factored: ClassVar[bool] = False
+    labels: ClassVar[Literal["sampled", "dataset"]] = "dataset"
+    mean_reduction: ClassVar[Literal["mean", "mean_gradient"]] = "mean_gradient"
+
+    def fit(self, run: Run) -> None:
+        """Normalizers, Grams and eigendecompositions, then all files.
+
+        Raises:
+            ConfigError: If modules can't be split into the heads that are asked for.
+            CheckpointError: If the optimizer's state has no normalizer for a module.
+            NumericsError: If a loss or a Gram isn't finite.
+            OutputError: If the disk is full, read-only or not ours.
+        """
+        from jhessians.capture.sites import unshared
+        from jhessians.fitting.autocorrelation import fit_autocorrelations
+        from jhessians.folds.rows import GradientRows
+        from jhessians.interop.processor import GradientProcessor
+
+        options: AutocorrelationOptions = run.options
+        problem = replace(run.problem, sites=unshared(run.problem.sites))
+        rows = GradientRows(
+            projection=_projection(options),
+            tokens=options.attribute_tokens,
+            split=split_sites(options, problem.sites),
+            heads=max(1, options.num_heads),
+            dtype=run.dtype,
         )
+        joint = options.projection_target == "global"
+        if not joint:
+            _check_memory(run, problem.sites, rows)
+        normalizers = _normalizers(run, problem)
+        documents = run.batches.documents
+        result = fit_autocorrelations(
+            problem,
+            run.batches,
+            rows,
+            count=documents.positions if options.attribute_tokens else len(documents),
+            joint=joint,
+            normalizers=normalizers,
+            progress=run.progress,
+            positions=documents.positions,
+        )
+        processor = GradientProcessor(
+            normalizers,
+            result.hessians,
+            {name: (pair.values, pair.vectors) for name, pair in result.eigen.items()},
+            projection_dim=options.projection_dim or None,
+            reshape_to_square=options.reshape_to_square,
+            projection_type=rows.projection.kind if rows.projection else "rademacher",
+            projection_target="global" if joint else "per_module",
+            projection_scale=rows.projection.scale if rows.projection else "jl",
+            include_bias=run.include_bias,
+            projection_seed=options.projection_seed,
+        )
+        with run.progress.stage("Export"):
+            run.destination.write_processor(processor)
+
+    def settled(self, options: AutocorrelationOptions, modules: Sequence[str]) -> dict[str, Any]:
+        """Globs of modules to split become names, since bergson takes no globs here."""
+        split = matching("split_attention_modules", options.split_attention_modules, modules)
+        return {"split_attention_modules": tuple(split)}
+
+    def flop(self, work: arithmetic.Work, options: AutocorrelationOptions) -> dict[str, float]:
+        """Of the passes for normalizers and for Grams."""
+        chosen = set(options.split_attention_modules)
+        heads = {
+            each.name: options.num_heads
+            for each in work.linears
+            if chosen & set(each.module_names())
+        }
+        grams = arithmetic.autocorrelation(
+            work.linears, work.lengths,
+            projection_dim=options.projection_dim, tokens=options.attribute_tokens,
+            joint=options.projection_target == "global", heads=heads, draws=work.draws,
+        )  # fmt: skip
+        moments = arithmetic.second_moments(work.linears, work.lengths, draws=work.draws)
+        return {"Normalizers": moments, "Grams": grams}
+
+    def statistics_bytes(
+        self,
+        sites: Mapping[str, Site],
+        options: AutocorrelationOptions,
+        dtype: np.dtype,
+        *,
+        partitions: int,
+    ) -> int:
+        """Of the Grams."""
+        from jhessians.fitting.memory import gram_numbers
+
+        if options.projection_target == "global":
+            return options.projection_dim**2 * dtype.itemsize
+        numbers = (gram_numbers(site, options.projection_dim) for site in sites.values())
+        return sum(numbers) * dtype.itemsize
 
 
-def split_sites(config: ComputeConfig, sites: Mapping[str, Site]) -> tuple[str, ...]:
+AUTOCORRELATION = AutocorrelationMethod(
+    name="autocorrelation",
+    summary="dense Grams of projected gradients",
+    formula="H = Σ r rᵀ / N, r = vec(L G Rᵀ)",
+    cost="p (I + O) + p² + p⁴ / 2T",
+    disk="2 p⁴",
+    papers=("2410.17413", "2303.14186"),
+    bergson="autocorrelation",
+    options=AutocorrelationOptions,
+    rank=6,
+)
+
+
+def split_sites(options: AutocorrelationOptions, sites: Mapping[str, Site]) -> tuple[str, ...]:
     """Names of the sites whose modules `--split_attention_modules` names.
 
     Raises:
         ConfigError: If the heads don't make up a module, or some
             layers of a stack are split and others are not.
     """
-    chosen = set(config.split_attention_modules)
+    chosen = set(options.split_attention_modules)
     split = []
     for site in sites.values():
         modules = site.module_names()
@@ -101,24 +166,26 @@ def split_sites(config: ComputeConfig, sites: Mapping[str, Site]) -> tuple[str, 
                 f"--split_attention_modules takes {here[0]} but not {whole}; split the same module "
                 f"of all layers, as {site.name.format(layer='*')!r} does"
             )
-        if config.num_heads * config.head_size != site.out_features:
+        if options.num_heads * options.head_size != site.out_features:
             raise ConfigError(
-                f"--num_heads {config.num_heads} x --head_size {config.head_size} is "
-                f"{config.num_heads * config.head_size}, but {here[0]} has {site.out_features} "
+                f"--num_heads {options.num_heads} x --head_size {options.head_size} is "
+                f"{options.num_heads * options.head_size}, but {here[0]} has {site.out_features} "
                 "output features; give sizes whose product that is"
             )
         split.append(site.name)
     return tuple(split)
 
 
-def _projection(config: ComputeConfig) -> Projection | None:
-    if not config.projection_dim:
+def _projection(options: AutocorrelationOptions) -> Projection | None:
+    from jhessians.linalg.projection import Projection
+
+    if not options.projection_dim:
         return None
     return Projection(
-        config.projection_dim,
-        "normal" if config.projection_type == "normal" else "rademacher",
-        "row_norm" if config.projection_scale == "row_norm" else "jl",
-        config.projection_seed,
+        options.projection_dim,
+        "normal" if options.projection_type == "normal" else "rademacher",
+        "row_norm" if options.projection_scale == "row_norm" else "jl",
+        options.projection_seed,
     )
 
 
@@ -138,8 +205,8 @@ def _check_memory(run: Run, sites: Mapping[str, Site], rows: GradientRows) -> No
     if total < LARGE_BYTES:
         return
     advice = (
-        f"lower --projection_dim {run.config.projection_dim}"
-        if run.config.projection_dim
+        f"lower --projection_dim {run.options.projection_dim}"
+        if run.options.projection_dim
         else "give --projection_dim, such as 16"
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -156,23 +223,25 @@ def _check_memory(run: Run, sites: Mapping[str, Site], rows: GradientRows) -> No
 
 def _normalizers(run: Run, problem: Problem) -> dict[str, Normalizer]:
     """Those of an optimizer, those of a pass over the data, or none."""
-    config = run.config
-    if config.optimizer_state is not None:
-        path = config.optimizer_state
+    from jhessians.fitting.passes import run_pass
+    from jhessians.folds.second_moment import SecondMoment
+    from jhessians.interop.optax_state import is_orbax
+    from jhessians.interop.optimizer_state import load_normalizers
+
+    options, documents = run.options, run.batches.documents
+    if options.optimizer_state is not None:
+        path = options.optimizer_state
         read = load_normalizers(
             path,
             model=problem.model,
             parameters=() if is_orbax(path) else run.parameters(),
-            include_bias=config.include_bias,
+            include_bias=run.include_bias,
         )
         modules = {name for site in problem.sites.values() for name in site.module_names()}
         return {name: each for name, each in read.items() if name in modules}
-    if config.normalizer == "none":
+    if options.normalizer == "none":
         return {}
-    fold = SecondMoment(factored=config.normalizer == "adafactor", dtype=run.dtype)
-    with run.progress.stage("Normalizers", run.documents.positions, "positions") as stage:
-        sums = run_pass(
-            fold, problem, run.batches,
-            dtype=run.dtype, advance=stage.advance,
-        )  # fmt: skip
-        return fold.finish(problem.sites, sums, documents=len(run.documents))
+    fold = SecondMoment(factored=options.normalizer == "adafactor", dtype=run.dtype)
+    with run.progress.stage("Normalizers", documents.positions, "positions") as stage:
+        sums = run_pass(fold, problem, run.batches, dtype=run.dtype, advance=stage.advance)
+        return fold.finish(problem.sites, sums, documents=len(documents))

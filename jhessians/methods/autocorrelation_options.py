@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jhessians.config.option import option
+from jhessians.config.option import Option, option, options_of
+from jhessians.errors import ConfigError
 
 AUTOCORRELATION = "statistics of --method autocorrelation"
+
+HEAD_AXIS = 2  # the features' of [document, position, feature]
 
 
 @dataclass(frozen=True)
@@ -117,3 +120,56 @@ class AutocorrelationOptions:
         default_text="none",
         bergson="index_cfg.optimizer_state",
     )
+
+    def check_together(self) -> None:
+        """Refuse options that contradict each other, or that say nothing where they stand.
+
+        Raises:
+            ConfigError: The first clash found.
+        """
+        self._check_projection()
+        self._check_heads()
+        if self.normalizer != "none" and self.optimizer_state is not None:
+            raise ConfigError(
+                f"--normalizer {self.normalizer} is estimated from the data, while "
+                "--optimizer_state reads it from a file; give one"
+            )
+
+    def _check_projection(self) -> None:
+        if self.reshape_to_square and self.projection_target == "global":
+            raise ConfigError(
+                "--reshape_to_square reshapes a module's gradient, while --projection_target "
+                "global flattens it; give one"
+            )
+        if not self.projection_dim:
+            for each in self._given():
+                if each.name.startswith("projection_") or each.name == "reshape_to_square":
+                    raise ConfigError(
+                        f"--{each.name} says nothing without a projection; "
+                        "add --projection_dim, such as 16"
+                    )
+
+    def _check_heads(self) -> None:
+        sizes = [name for name in ("num_heads", "head_size") if not getattr(self, name)]
+        if self.split_attention_modules and sizes:
+            raise ConfigError(
+                f"--split_attention_modules needs --{sizes[0]}; num_heads x head_size is the "
+                "modules' number of output features"
+            )
+        if not self.split_attention_modules:
+            for each in self._given():
+                if each.name in ("num_heads", "head_size", "head_dim"):
+                    raise ConfigError(
+                        f"--{each.name} says nothing without --split_attention_modules; name the "
+                        "modules, or leave it out"
+                    )
+        if self.head_dim != HEAD_AXIS:
+            raise ConfigError(
+                f"--head_dim {self.head_dim} is no axis of features; heads are split along axis "
+                f"{HEAD_AXIS} of [document, position, feature]: leave it out"
+            )
+
+    def _given(self) -> list[Option]:
+        """The options that are not as they are by default."""
+        own = options_of(AutocorrelationOptions)
+        return [each for each in own if getattr(self, each.name) != each.default]

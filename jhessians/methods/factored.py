@@ -1,81 +1,103 @@
 """Kronecker-factored methods: covariances, eigendecompositions, correction, each written in turn.
 
-Summing differs from method to method and is a fold's business; the rest is the same for all.
+What is summed differs from method to method and is a fold's business; the rest is the same for all.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from jhessians.commands.compute_config import ComputeConfig
-from jhessians.fitting.factors import Kinds, KindShapes, kind_shapes
-from jhessians.fitting.fit import fit_stages
-from jhessians.fitting.partitions import partition
-from jhessians.folds.covariance import Covariance, FactorFold
-from jhessians.folds.shampoo import Shampoo
-from jhessians.folds.tkfac import TraceCovariance
-from jhessians.interop.export import write_kind, write_totals
-from jhessians.methods.run import Run
+from jhessians.fitting import arithmetic
+from jhessians.methods.method import Method
 
-FACTOR_FOLDS: dict[str, Callable[[ComputeConfig, np.dtype], FactorFold]] = {
-    "kfac": lambda config, dtype: Covariance(dtype),
-    "tkfac": lambda config, dtype: TraceCovariance(dtype, config.normalize_trace),
-    "shampoo": lambda config, dtype: Shampoo(dtype),
-}
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jhessians.capture.site import Site
+    from jhessians.fitting.factors import Kinds, KindShapes
+    from jhessians.folds.covariance import FactorFold
+    from jhessians.methods.method import Run
 
 
-def fit_run(run: Run) -> None:
-    """All stages, each exported before the next one needs its memory.
+@dataclass(frozen=True, kw_only=True)
+class FactoredMethod(Method):
+    """A method that approximates each module's Hessian by the product of two factors.
 
-    Raises:
-        NumericsError: If a loss or a covariance isn't finite.
-        OutputError: If the disk is full, read-only or not ours.
-        ConfigError: If there are fewer modules than partitions.
+    Attributes:
+        fold: Makes the fold that sums the factors, from the method's own options and the number
+            format of the sums.
+        factor_flop: Arithmetic of these sums, a function of `jhessians.fitting.arithmetic`.
     """
-    config = run.config
-    groups = partition(run.problem.sites, config.module_partitions)
-    shapes = kind_shapes(run.problem.sites) if len(groups) > 1 else {}
-    for number, sites in enumerate(groups, start=1):
-        if len(groups) > 1:
-            modules = sum(len(site.slots) for site in sites.values())
-            run.progress.note(f"Partition {number} of {len(groups)}: {modules} modules")
-        stages = fit_stages(
-            replace(run.problem, sites=sites),
-            run.batches,
-            positions=run.documents.positions,
-            documents=len(run.documents),
-            method=FACTOR_FOLDS[config.bergson_method](config, run.dtype),
-            correct_eigenvalues=config.corrects_eigenvalues,
-            dtype=run.dtype,
-            progress=run.progress,
+
+    fold: Callable[[Any, np.dtype], FactorFold]
+    factor_flop: Callable[..., float]
+    product: ClassVar[str] = "factors"
+    factored: ClassVar[bool] = True
+    labels: ClassVar[Literal["sampled", "dataset"]] = "sampled"
+    mean_reduction: ClassVar[Literal["mean", "mean_gradient"]] = "mean"
+
+    def fit(self, run: Run) -> None:
+        """All stages, each exported before the next one needs its memory."""
+        from jhessians.fitting.factors import kind_shapes
+        from jhessians.fitting.fit import fit_stages
+        from jhessians.fitting.partitions import partition
+
+        fold = self.fold(run.options, run.dtype)
+        groups = partition(run.problem.sites, run.partitions)
+        shapes = kind_shapes(run.problem.sites) if len(groups) > 1 else {}
+        data = run.batches.documents
+        for number, sites in enumerate(groups, start=1):
+            if len(groups) > 1:
+                modules = sum(len(site.slots) for site in sites.values())
+                run.progress.note(f"Partition {number} of {len(groups)}: {modules} modules")
+            stages = fit_stages(
+                replace(run.problem, sites=sites),
+                run.batches,
+                positions=data.positions,
+                documents=len(data),
+                terms=run.batches.terms(fold.unit),
+                method=fold,
+                correct_eigenvalues=run.correct_eigenvalues,
+                dtype=run.dtype,
+                progress=run.progress,
+            )
+            for kinds in stages:
+                _export(run, kinds, shapes, fresh=number == 1, last=number == len(groups))
+        run.destination.write_totals(
+            corrected=run.correct_eigenvalues, include_bias=run.include_bias
         )
-        for kinds in stages:
-            _export(run, kinds, shapes, fresh=number == 1, last=number == len(groups))
-    write_totals(
-        run.part,
-        layout=config.layout,
-        total_processed=run.documents.positions,
-        corrected=config.corrects_eigenvalues,
-        include_bias=config.include_bias,
-    )
+
+    def flop(self, work: arithmetic.Work, options: Any) -> dict[str, float]:
+        """Of the passes for the factors and for the eigenvalue correction."""
+        import numpy as np
+
+        from jhessians.capture.sites import unshared
+
+        rotated = work
+        if not self.fold(options, np.dtype(np.float32)).shares_inputs:
+            sites: Any = {each.name: each for each in work.linears}
+            rotated = replace(work, linears=list(unshared(sites).values()))
+        return {
+            "Covariances": work.count(self.factor_flop),
+            "Eigenvalue correction": rotated.count(arithmetic.correction),
+        }
+
+    def statistics_bytes(
+        self, sites: Mapping[str, Site], options: Any, dtype: np.dtype, *, partitions: int
+    ) -> int:
+        """Of the factors of the largest group of linears, their eigenvectors and Λ."""
+        from jhessians.fitting.partitions import factor_bytes
+
+        return factor_bytes(sites, partitions, dtype.itemsize)
 
 
 def _export(run: Run, kinds: Kinds, shapes: KindShapes, *, fresh: bool, last: bool) -> None:
     total = sum(len(tensors) for tensors in kinds.values())
     with run.progress.stage("Export", total, "tensors") as stage:
         for kind, tensors in kinds.items():
-            write_kind(
-                run.part,
-                kind,
-                tensors,
-                layout=run.config.layout,
-                shards=run.shards,
-                dtype=run.config.hessian_dtype,
-                n_docs=len(run.documents),
-                total_processed=run.documents.positions,
-                among=shapes.get(kind),
-                fresh=fresh,
-                last=last,
+            run.destination.write_kind(
+                kind, tensors, among=shapes.get(kind), fresh=fresh, last=last
             )
             stage.advance(len(tensors))

@@ -98,15 +98,15 @@ class Progress:
     Stages follow one another; a stage opened inside another is a programming error.
 
     Args:
-        quiet: Show nothing. Set it on every process but the first one of several hosts; it may
-            be changed between stages.
+        quiet: Show nothing, as on every process but the first one of several hosts.
         console: Where to write, standard error by default.
         clock: Seconds, for tests.
+        around: Called with each stage's name for a context to run it in.
 
     Attributes:
         timings: Seconds by stage name, in order; a name used twice holds the sum, in the last
             one's place.
-        around: Called with each stage's name for a context to run it in.
+        notes: What `note` was told.
         warnings: What `warn` was told.
     """
 
@@ -116,13 +116,15 @@ class Progress:
         quiet: bool = False,
         console: Console | None = None,
         clock: Clock = time.perf_counter,
+        around: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
     ) -> None:
-        self.quiet = quiet
         self.timings: dict[str, float] = {}
-        self.around: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext()
+        self.notes: list[str] = []
         self.warnings: list[str] = []
         self._console = console or Console(stderr=True)
         self._clock = clock
+        self._quiet = quiet
+        self._around = around
         self._open: Stage | None = None
 
     @contextmanager
@@ -145,7 +147,7 @@ class Progress:
         stage = Stage(name, total, unit, self._clock)
         self._open = stage
         try:
-            with self.around(name), self._display(stage):
+            with self._around(name), self._display(stage):
                 yield stage
             self._say(_closing_line(stage))
         finally:
@@ -154,6 +156,7 @@ class Progress:
 
     def note(self, message: str) -> None:
         """Say one line between or inside stages."""
+        self.notes.append(message)
         self._say(message)
 
     def warn(self, message: str) -> None:
@@ -162,11 +165,11 @@ class Progress:
         self._say(f"warning: {message}")
 
     def _say(self, line: str) -> None:
-        if not self.quiet:
+        if not self._quiet:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _display(self, stage: Stage) -> AbstractContextManager[object]:
-        if self.quiet:
+        if self._quiet:
             return nullcontext()
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             return self._bar(stage)

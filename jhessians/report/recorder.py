@@ -18,17 +18,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jhessians.capture.sites import find_sites, unshared
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.capture.sites import find_sites
 from jhessians.devices.precision import multiplying
 from jhessians.fitting import arithmetic
 from jhessians.interop.layout import DTYPES
 from jhessians.interop.rundir import output_error
-from jhessians.methods.run import Run
+from jhessians.methods.method import Method, Run
 from jhessians.report.profile import PROFILE_FILE, Profile, StageProfile
-from jhessians.report.progress import Progress
 
 COMPILING = ("/jax/core/compile/jaxpr_to_mlir_module_duration",
              "/jax/core/compile/backend_compile_duration")  # fmt: skip
@@ -71,17 +70,27 @@ class Recorder:
         if event in COMPILING and threading.current_thread() is threading.main_thread():
             self._compile_seconds += duration_secs
 
-    def finish(self, run: Run) -> Profile:
-        """The whole profile, written beside the results by the first process."""
-        flop = needed(run)
+    def finish(self, run: Run, method: Method, mesh: Mesh, *, numbers: str) -> Profile:
+        """The whole profile, written beside the results by the first process.
+
+        Args:
+            run: The fit that was recorded.
+            method: Whose.
+            mesh: The devices.
+            numbers: Number format of the model, such as "fp32".
+        """
+        flop = needed(run, method)
+        documents, plan = run.batches.documents, run.batches.plan
+        precision = run.problem.matmul_precision
+        peak = product_peak(mesh, DTYPES[numbers][1], matmul_precision=precision)
         profile = Profile(
             [replace(each, flop=flop.get(name)) for name, each in self.stages.items()],
-            peak=product_peak(run) * jax.process_count(),
-            numbers=run.config.precision,
-            matmul_precision=run.config.matmul_precision,
-            devices=f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}",
-            tokens=int(run.documents.lengths[run.documents.lengths >= 2].sum()),
-            padding_share=run.plan.padding_share,
+            peak=peak * jax.process_count(),
+            numbers=numbers,
+            matmul_precision=precision,
+            devices=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+            tokens=int(documents.lengths[documents.lengths >= 2].sum()),
+            padding_share=plan.padding_share,
         )
         if jax.process_index() == 0:
             text = json.dumps(profile.document(), indent=1) + "\n"
@@ -89,31 +98,37 @@ class Recorder:
         return profile
 
 
+class NoRecorder(Recorder):
+    """Records nothing."""
+
+    @contextmanager
+    def around(self, name: str) -> Iterator[None]:
+        """Do nothing around a stage."""
+        yield
+
+
 @contextmanager
-def observed(config: ComputeConfig, progress: Progress, folder: Path) -> Iterator[Recorder | None]:
-    """Record the stages, and write a trace, as far as `config` asks for it.
+def recording(folder: Path, *, profile: bool, trace: str | None) -> Iterator[Recorder]:
+    """A recorder of stages, while a trace is written if that is wanted.
 
     Args:
-        config: The options.
-        progress: Whose stages.
         folder: Where the run writes.
+        profile: Whether stages are to be measured.
+        trace: The trace's folder; None for no trace.
 
     Raises:
         OutputError: If the trace can't be written.
     """
+    if not profile and trace is None:
+        yield NoRecorder(folder, {})
+        return
     with ExitStack() as stack:
-        if config.profile_trace is not None and jax.process_index() == 0:
-            stack.enter_context(_traced(Path(config.profile_trace)))
-        if not config.profile and config.profile_trace is None:
-            yield None
-            return
+        if trace is not None and jax.process_index() == 0:
+            stack.enter_context(_traced(Path(trace)))
         recorder = Recorder(folder, {})
         jax.monitoring.register_event_duration_secs_listener(recorder.listen)
         stack.callback(jax.monitoring.unregister_event_duration_listener, recorder.listen)
-        around = progress.around
-        stack.callback(setattr, progress, "around", around)
-        progress.around = recorder.around
-        yield recorder if config.profile else None
+        yield recorder
 
 
 @contextmanager
@@ -135,10 +150,10 @@ def _traced(folder: Path) -> Iterator[None]:
         jax.profiler.stop_trace()
 
 
-def needed(run: Run) -> dict[str, float]:
+def needed(run: Run, method: Method) -> dict[str, float]:
     """FLOP that the run's passes needed, by stage."""
-    config, problem = run.config, run.problem
-    lengths = arithmetic.count_lengths(run.documents.lengths.tolist())
+    problem = run.problem
+    lengths = arithmetic.count_lengths(run.batches.documents.lengths.tolist())
     model: Any = problem.model
     everything = find_sites(problem.loss, model, next(iter(run.batches))).values()
     experts = model.config.experts
@@ -147,45 +162,30 @@ def needed(run: Run) -> dict[str, float]:
     head = (model.embedding if model.head is None else model.head)[...].size
     weights = arithmetic.multiplied_weights(everything, head, readers)
     passes = arithmetic.passes(weights, lengths, draws=problem.draws)
-
-    linears, draws = problem.sites.values(), problem.draws
-    if not config.is_factored:
-        heads = {
-            name: config.num_heads
-            for name, site in problem.sites.items()
-            if set(site.module_names()) & set(config.split_attention_modules)
-        }
-        grams = arithmetic.autocorrelation(
-            linears, lengths,
-            projection_dim=config.projection_dim, tokens=config.attribute_tokens,
-            joint=config.projection_target == "global", heads=heads, draws=draws,
-        )  # fmt: skip
-        moments = arithmetic.second_moments(linears, lengths, draws=draws)
-        return {"Normalizers": passes + moments, "Grams": passes + grams}
-    if config.bergson_method == "shampoo":
-        factors = arithmetic.shampoo(linears, lengths, draws=draws, readers=readers)
-    else:
-        shares = config.bergson_method == "kfac"
-        factors = arithmetic.covariances(
-            linears, lengths, draws=draws, shares_inputs=shares, readers=readers
-        )
-    if config.bergson_method != "kfac":
-        linears = unshared(problem.sites).values()
-    squares = arithmetic.correction(linears, lengths, draws=draws, readers=readers)
-    return {"Covariances": passes + factors, "Eigenvalue correction": passes + squares}
+    recorded = arithmetic.Work(list(problem.sites.values()), lengths, problem.draws, readers)
+    own = method.flop(recorded, run.options)
+    return {stage: passes + flop for stage, flop in own.items()}
 
 
-def product_peak(run: Run, *, seconds: float = 1.5, largest: int = 8192) -> float:
+def product_peak(
+    mesh: Mesh,
+    dtype: np.dtype,
+    *,
+    matmul_precision: str,
+    seconds: float = 1.5,
+    largest: int = 8192,
+) -> float:
     """FLOP per second of matrix products on all of this host's devices at once, the best seen.
 
     Args:
-        run: Whose devices, number format and matmul precision.
+        mesh: The devices of all hosts.
+        dtype: Of the matrices.
+        matmul_precision: How float32 numbers are multiplied.
         seconds: About how long to try: products grow until they fill it.
         largest: Rows of the largest matrices.
     """
-    devices = [d for d in run.mesh.devices.flat if d.process_index == jax.process_index()]
-    mesh = jax.sharding.Mesh(np.array(devices), ("device",))
-    dtype = DTYPES[run.config.precision][1]
+    devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    mesh = Mesh(np.array(devices), ("device",))
     sharding = jax.sharding.NamedSharding(mesh, P("device"))
 
     @jax.jit
@@ -197,7 +197,7 @@ def product_peak(run: Run, *, seconds: float = 1.5, largest: int = 8192) -> floa
     while True:
         x = jax.random.normal(jax.random.key(0), (len(devices), size, size), dtype)
         x = jax.device_put(x, sharding)  # no constants: they would not heat a chip
-        with multiplying(run.config.matmul_precision, mesh):
+        with multiplying(matmul_precision, mesh):
             multiply(x).block_until_ready()
             fastest = float("inf")
             for _ in range(3):

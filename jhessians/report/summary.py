@@ -48,8 +48,9 @@ class Summary:
         disk_bytes: Space taken on disk, hard links counted once.
         padding_share: Share of computed positions that hold no token, `BatchPlan.padding_share`.
         product: What was fitted, in the plural.
+        notes: Lines that were said on the way; they are not said again.
         warnings: One line each.
-        next_shell: A command that consumes the result, see `jhessians.commands.next_steps`.
+        next_shell: A command that consumes the result, see `jhessians.commands.compute.next_steps`.
         next_python: The same from Python.
         profile: Of `--profile`.
     """
@@ -66,6 +67,7 @@ class Summary:
     disk_bytes: int
     padding_share: float = 0.0
     product: str = "factors"
+    notes: Sequence[str] = field(default_factory=tuple)
     warnings: Sequence[str] = field(default_factory=tuple)
     next_shell: str = ""
     next_python: str = ""

@@ -283,4 +283,4 @@ def test_experts_of_a_hand_written_model(devices):
             for kind, rows in (("activation", a), ("gradient", g)):
                 found = unpack([x[slot] for x in sums[name][kind]], rows.shape[1])
                 assert relative_error(found, rows.T @ rows) < FACTORS, (module, kind)
-            assert sums[name]["positions"][slot, :2].tolist() == [0, len(a)]
+            assert sums[name]["terms"][slot, :2].tolist() == [0, len(a)]

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from jhessians.cli.main import main, parse_compute
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute.config import ComputeConfig
 from jhessians.config.option import options_of
 from jhessians.config.provenance import config_document
 from jhessians.errors import (
@@ -43,7 +43,7 @@ SUMMARY = Summary(
 @pytest.fixture
 def pipeline(monkeypatch):
     """A pipeline that records its calls and does whatever `pipeline.body` says."""
-    fake = types.ModuleType("jhessians.commands.compute")
+    fake = types.ModuleType("jhessians.commands.compute.pipeline")
     fake.calls = []
     fake.body = lambda config, progress: SUMMARY
 
@@ -52,7 +52,7 @@ def pipeline(monkeypatch):
         return fake.body(config, progress)
 
     fake.compute = compute
-    monkeypatch.setitem(sys.modules, "jhessians.commands.compute", fake)
+    monkeypatch.setitem(sys.modules, "jhessians.commands.compute.pipeline", fake)
     return fake
 
 
@@ -296,7 +296,7 @@ def test_debug_adds_the_traceback(capsys, pipeline):
 
 
 def test_a_broken_pipeline_import_is_a_fault(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jhessians.commands.compute", None)
+    monkeypatch.setitem(sys.modules, "jhessians.commands.compute.pipeline", None)
     assert main(["compute", "r"]) == 70
     assert "ModuleNotFoundError" in only_error(capsys)
 

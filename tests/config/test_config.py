@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute.config import ComputeConfig
 from jhessians.config.option import options_of
 from jhessians.config.provenance import CONFIG_FILE, config_document, to_bergson_dict
 from jhessians.config.statistics import METHODS

@@ -16,8 +16,8 @@ from converters.loading import parameters
 from converters.verify import verify
 from jhessians.capture.sites import find_sites
 from jhessians.cli.main import main
-from jhessians.commands.compute import compute
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.compute.pipeline import compute
 from jhessians.devices.mesh import make_mesh
 from jhessians.errors import CheckpointError, ConfigError
 from jhessians.models.layers import Linear

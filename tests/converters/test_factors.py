@@ -9,8 +9,8 @@ import pytest
 
 from converters import decoder_config, supported
 from converters.registry import read_config
-from jhessians.commands.compute import compute
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.compute.pipeline import compute
 from jhessians.report.progress import Progress
 from tests.oracles import bergson, capture, checkpoints, kfac_numpy
 from tests.test_bergson import factor_errors

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import jhessians
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute.config import ComputeConfig
 from jhessians.devices import precision
 from jhessians.devices.precision import HIGHEST, MATMUL_PRECISIONS, multiplying, require_supported
 from jhessians.errors import ConfigError

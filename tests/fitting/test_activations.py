@@ -14,8 +14,8 @@ from jhessians.capture.problem import Problem
 from jhessians.capture.sites import find_sites
 from jhessians.capture.traversal import accumulate, initialize
 from jhessians.cli.main import main
-from jhessians.commands import compute as pipeline
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute import pipeline
+from jhessians.commands.compute.config import ComputeConfig
 from jhessians.data.batching import BatchPlan
 from jhessians.errors import ConfigError
 from jhessians.fitting.activations import choose, largest_batch, stored_bytes

@@ -257,7 +257,7 @@ def test_routing_compiles_nothing_again(monkeypatch):
     assert compiled.count("step") == 1
     assert all(x.is_deleted() for x in jax.tree.leaves(made[0]))
     # Every token's choice was counted once.
-    routed = [np.asarray(s["positions"]) for s in sums.values() if "positions" in s]
+    routed = [np.asarray(s["terms"]) for s in sums.values() if "terms" in s]
     for counts in routed:
         assert (counts @ [256, 1]).sum() == 4 * (9 + 5 + 9 - 3)
 
@@ -275,10 +275,8 @@ def test_counts_beyond_one_digit():
         sites = jhessians.find_sites(loss, model, batches[0], select=lambda n: "gate_up" in n)
         problem = jhessians.Problem(loss, model, sites, draws=draws)
         sums[draws] = jhessians.run_pass(jhessians.Covariance(), problem, batches)
-    ((name, counts),) = jhessians.folds.covariance.routed_positions(sums[1]).items()
+    ((name, counts),) = jhessians.folds.covariance.routed_terms(sums[1]).items()
     assert counts.sum() == 7 * data.positions and counts.dtype == np.int64
-    np.testing.assert_array_equal(
-        jhessians.folds.covariance.routed_positions(sums[3])[name], counts
-    )
+    np.testing.assert_array_equal(jhessians.folds.covariance.routed_terms(sums[3])[name], counts)
     for one, three in zip(sums[1][name]["activation"], sums[3][name]["activation"], strict=True):
         assert relative_error(three, one) < INVARIANCE

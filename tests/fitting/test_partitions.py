@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from jhessians.capture.sites import find_sites
-from jhessians.commands.compute import compute
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.compute.pipeline import compute
 from jhessians.errors import ConfigError
 from jhessians.fitting import partitions
 from jhessians.fitting.partitions import factor_bytes, needed_partitions, partition

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jhessians.interop.export import ArraySource, export_factored
+from jhessians.interop.export import ArraySource, Destination
 from jhessians.interop.layout import KINDS
 
 SIZES = {"layers.1.down": (120, 321), "layers.0.up": (321, 120), "tiny": (3, 5)}
@@ -37,15 +37,10 @@ def sources(factors):
 
 
 def export(root, factors, *, layout="both", shards=3, dtype="fp32"):
-    export_factored(
-        root,
-        sources(factors),
-        layout=layout,
-        shards=shards,
-        dtype=dtype,
-        n_docs=N_DOCS,
-        total_processed=TOTAL,
+    destination = Destination(
+        root, documents=N_DOCS, total_processed=TOTAL, layout=layout, shards=shards, dtype=dtype
     )
+    destination.write_factors(sources(factors))
 
 
 def files_in(folder):

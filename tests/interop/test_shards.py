@@ -21,9 +21,9 @@ from jhessians.errors import NumericsError, OutputError
 from jhessians.interop import shards as shards_module
 from jhessians.interop.export import (
     ArraySource,
+    Destination,
     ScaledSource,
     link_or_copy,
-    write_kind,
     write_sharded,
 )
 from jhessians.interop.layout import DTYPES, shard_bounds
@@ -183,10 +183,8 @@ def test_a_padded_stack_over_eight_devices(tmp_path, spec):
     tensors = {
         f"h.{layer}": ArraySource(stack, index=layer, shape=(321, 321)) for layer in range(3)
     }
-    write_kind(
-        tmp_path, "activation_covariance", tensors, layout="bergson", shards=7, dtype="fp32",
-        n_docs=1, total_processed=1,
-    )  # fmt: skip
+    destination = Destination(tmp_path, documents=1, total_processed=1, layout="bergson", shards=7)
+    destination.write_kind("activation_covariance", tensors)
     written = _load_full(tmp_path, "activation_sharded", "cpu")
     for layer in range(3):
         np.testing.assert_array_equal(written[f"h.{layer}"].numpy(), whole[layer, :321, :321])

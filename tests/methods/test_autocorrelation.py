@@ -20,9 +20,9 @@ from transformers import Adafactor, AutoModelForCausalLM
 from jhessians.capture.problem import Problem
 from jhessians.capture.site import Site
 from jhessians.capture.sites import find_sites, unshared
-from jhessians.commands.compute import compute
-from jhessians.commands.compute_config import ComputeConfig
-from jhessians.commands.next_steps import next_steps
+from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.compute.next_steps import next_steps
+from jhessians.commands.compute.pipeline import compute
 from jhessians.devices.mesh import make_mesh
 from jhessians.errors import ConfigError
 from jhessians.fitting.autocorrelation import fit_autocorrelations

@@ -14,10 +14,10 @@ import jhessians
 from jhessians.capture.site import Site
 from jhessians.capture.sites import unshared
 from jhessians.cli.main import main
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute.config import ComputeConfig
 from jhessians.errors import ConfigError, OutputError
+from jhessians.fitting import arithmetic
 from jhessians.models.config import ExpertsConfig, MLPConfig
-from jhessians.report import arithmetic
 from jhessians.report import recorder as profiling
 from jhessians.report.profile import Profile, StageProfile
 from jhessians.report.progress import Progress

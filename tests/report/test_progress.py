@@ -7,8 +7,8 @@ import re
 import pytest
 from rich.console import Console
 
-from jhessians.commands.compute_config import ComputeConfig
-from jhessians.commands.next_steps import next_steps
+from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.compute.next_steps import next_steps
 from jhessians.config.units import bytes_in_words, rate_in_words, seconds_in_words
 from jhessians.report.progress import Progress
 from jhessians.report.summary import Summary, Tree, measure_trees, render

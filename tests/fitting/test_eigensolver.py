@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from jhessians.fitting import eigenbases, memory
+from jhessians.fitting import eigensolver, memory
 
 
 def test_eigendecompositions_are_as_many_as_cores_or_memory_allow(monkeypatch):
@@ -30,11 +30,11 @@ def test_all_hosts_eigendecompose_as_many_side_by_side(monkeypatch):
 
 
 def test_where_few_matrices_fit_each_has_several_cores(monkeypatch):
-    monkeypatch.setattr(eigenbases, "usable_cores", lambda: 6)
+    monkeypatch.setattr(eigensolver, "usable_cores", lambda: 6)
 
     def threads(_):
         return {p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"}
 
     for workers, each in ((6, 1), (3, 2), (4, 1), (1, 6)):
-        monkeypatch.setattr(eigenbases, "eigendecompositions_at_once", lambda _, n=workers: n)
-        assert list(eigenbases.solved_in_order(threads, range(3), 10)) == [{each}] * 3
+        monkeypatch.setattr(eigensolver, "eigendecompositions_at_once", lambda _, n=workers: n)
+        assert list(eigensolver.side_by_side(threads, range(3), 10)) == [{each}] * 3

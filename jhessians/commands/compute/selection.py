@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 from jhessians.capture.site import Site
 from jhessians.capture.sites import restrict
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute.config import ComputeConfig
 from jhessians.config.option import matching
 from jhessians.errors import ConfigError
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from converters.flax_checkpoint import FORMAT_FILE
-from jhessians.commands.compute_config import ComputeConfig
+from jhessians.commands.compute.config import ComputeConfig
 from jhessians.config.option import options_of
 from jhessians.methods.autocorrelation_options import AUTOCORRELATION
 from jhessians.report.summary import WIDTH
@@ -35,16 +35,19 @@ def next_steps(
             token batch.
 
     Returns:
-        Both are empty with `--layout seed`, which bergson 2.5.1 does not read. The commands are
+        Both are empty with `--layout seed`, which bergson 2.5.1 does not read. A method that
+        bergson lacks has no command, and Python of ours. The commands are
         empty with `--modules`, which bergson does not know: it would score the other modules
         without a preconditioner, in silence. They are also empty for a Flax checkpoint, and where
         bergson could not make the gradients that a dense Hessian belongs to.
     """
     if config.layout == "seed":
         return "", ""
+    if config.chosen.bergson is None:
+        return "", f"import jhessians\njhessians.load_factors({config.run_path!r})"
     data = _data_flags(config, dataset)
     run = {"model": model} | _run_flags(config, model_max_length)
-    if config.is_factored:
+    if config.chosen.factored:
         shell, python = _of_factors(config, run, data, shards)
     else:
         shell, python = _of_processor(config, run, data)
@@ -60,7 +63,7 @@ def _of_factors(config: ComputeConfig, run: Flags, data: Flags, shards: int) -> 
         + (", ev_correction=True)" if config.corrects_eigenvalues else ")")
     )
     run_path = Path(config.run_path)
-    method = config.bergson_method
+    method = str(config.chosen.bergson)
     lines = []
     if run_path.parts[-2:] == ("hessian", method):
         scores = os.fspath(run_path.parent.parent)

@@ -1,0 +1,164 @@
+"""Options of a `compute` run: tables that the parser, `--help` and config.yaml share.
+
+Names and meanings follow bergson 2.5.1 wherever both tools have the option.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jhessians.config.inputs import InputOptions
+from jhessians.config.machine import ConsoleOptions, MachineOptions, OutputOptions
+from jhessians.config.numbers import NumberOptions
+from jhessians.config.option import check_all, check_tables, options_of, plain_dict
+from jhessians.config.provenance import bergson_places, read_options
+from jhessians.config.statistics import StatisticsOptions
+from jhessians.errors import ConfigError
+from jhessians.methods.method import Method
+from jhessians.methods.table import METHODS, MethodChoice
+
+_METHODS_OWN: Any = tuple(dict.fromkeys(each.options for each in METHODS.values()))[::-1]
+
+
+# A dataclass has its last base's fields first.
+@dataclass(frozen=True)
+class ComputeConfig(
+    ConsoleOptions,
+    OutputOptions,
+    MachineOptions,
+    *_METHODS_OWN,  # type: ignore[misc]
+    StatisticsOptions,
+    MethodChoice,
+    NumberOptions,
+    InputOptions,
+):
+    """Everything a `compute` run depends on, the own options of every method among it.
+
+    Values are checked on construction; `validate` checks how they go together.
+
+    Raises:
+        ConfigError: If a value has the wrong type, or lies outside its choices or range.
+    """
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run_path", os.fspath(self.run_path))
+        values = {each.name: getattr(self, each.name) for each in options_of(type(self))}
+        for name, value in check_all(options_of(type(self)), values, where="the config").items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def chosen(self) -> Method:
+        """The method that `--method` names."""
+        return METHODS[self.method]
+
+    @property
+    def method_options(self) -> Any:
+        """The chosen method's own options, an instance of its `options`."""
+        own = self.chosen.options
+        return own(**{each.name: getattr(self, each.name) for each in options_of(own)})
+
+    @property
+    def corrects_eigenvalues(self) -> bool:
+        """Whether the eigenvalue correction is computed, whichever way it was asked for."""
+        return self.chosen.ev_correction if self.ev_correction is None else self.ev_correction
+
+    @property
+    def takes_dataset_labels(self) -> bool:
+        """Whether labels are the data set's, whichever way it was asked for."""
+        return self.use_dataset_labels or (self.fisher_type or self.chosen.labels) == "dataset"
+
+    @property
+    def gradient_reduction(self) -> Literal["sum", "mean", "mean_gradient"]:
+        """How `--loss_reduction` scales gradients, as `NextTokenLoss` names it.
+
+        With mean, bergson divides by the number of labelled positions where gradients are wanted,
+        and by its square root where a factored curvature is.
+        """
+        return "sum" if self.loss_reduction == "sum" else self.chosen.mean_reduction
+
+    def validate(self) -> None:
+        """Check the options against each other.
+
+        Raises:
+            ConfigError: With one line: what clashes and what to change.
+        """
+        check_tables(self)
+
+    def check_together(self) -> None:
+        """Refuse what clashes between tables of options; each checks its own itself.
+
+        Raises:
+            ConfigError: The first clash found.
+        """
+        from jhessians.commands.compute.checks import check_between_tables
+
+        check_between_tables(self)
+
+    def resolved_dict(self) -> dict[str, Any]:
+        """Every option under its name, in plain YAML types; `from_dict` reads it back."""
+        return plain_dict(self)
+
+    def bergson_step(
+        self, *, model: str, dataset: str, shards: int, processes: int = 1
+    ) -> dict[str, Any] | None:
+        """The run as a `hessian` step of bergson 2.5.1, in plain YAML types.
+
+        Args:
+            model: Name or folder of the model that was used, the demo's too.
+            dataset: The same for the data set.
+            shards: Files per factor. bergson has one process per shard, so this becomes its
+                world size.
+            processes: Hosts that took part; kept as bergson's nodes where they divide the shards.
+
+        Returns:
+            `{"hessian": {"hessian_cfg": …, "index_cfg": …}}`; None if bergson lacks the method.
+        """
+        if self.chosen.bergson is None:
+            return None
+        values = self.resolved_dict() | {
+            "model": model,
+            "dataset": dataset,
+            # bergson writes "the model's own" as an empty name.
+            "tokenizer": self.tokenizer or "",
+            "optimizer_state": self.optimizer_state or "",
+            "moe_experts": self.moe_experts or "",
+            # Its own default, which only heads that are split would mind.
+            "head_dim": self.head_dim if self.split_attention_modules else 0,
+            "use_dataset_labels": self.takes_dataset_labels,
+        }
+        step = bergson_places(options_of(type(self)), values)
+        method = {"method": self.chosen.bergson, "ev_correction": self.corrects_eigenvalues}
+        nodes = processes if shards % processes == 0 else 1
+        world = {"nnode": nodes, "nproc_per_node": shards // nodes}
+        return {
+            "hessian": {
+                "hessian_cfg": method | step["hessian_cfg"],
+                "index_cfg": {"run_path": self.run_path, **step["index_cfg"], "distributed": world},
+            }
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "the config") -> ComputeConfig:
+        """Build a config from names and values; what is missing keeps its default.
+
+        Raises:
+            ConfigError: If a name is unknown, a value is wrong or `run_path` is missing.
+        """
+        values = dict(values)
+        run_path = values.pop("run_path", None)
+        if not isinstance(run_path, str):
+            raise ConfigError(f"{where} has no run_path; give the folder to write")
+        return cls(run_path=run_path, **check_all(options_of(cls), values, where=where))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> ComputeConfig:
+        """The config of an earlier run, from its config.yaml or the folder that holds it.
+
+        Raises:
+            ConfigError: If the file is missing, is no YAML or holds no options of ours.
+        """
+        return cls.from_dict(read_options(path), where=str(path))

@@ -1,0 +1,273 @@
+"""What `compute` does: read model and data, let the method fit and write, describe the run."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import converters.hub
+import converters.parameter_order
+import converters.registry
+from jhessians import demo
+from jhessians.capture.problem import Activations, Problem
+from jhessians.capture.sites import find_sites
+from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.compute.next_steps import next_steps
+from jhessians.commands.compute.selection import select_sites
+from jhessians.config.provenance import config_document
+from jhessians.config.units import bytes_in_words
+from jhessians.data.batches import Batches
+from jhessians.data.batching import plan_batches
+from jhessians.data.sources import DataOptions, load_documents
+from jhessians.devices.hosts import require_same, start_hosts, together
+from jhessians.devices.memory import free_memory
+from jhessians.devices.mesh import make_mesh
+from jhessians.devices.precision import require_supported
+from jhessians.errors import CheckpointError, ConfigError
+from jhessians.fitting import activations
+from jhessians.fitting.partitions import AUTOMATIC, needed_partitions
+from jhessians.interop.export import Destination, write_config
+from jhessians.interop.layout import DTYPES
+from jhessians.interop.rundir import RunDirectory
+from jhessians.methods.method import Run
+from jhessians.models.loss import NextTokenLoss
+from jhessians.report.progress import Progress
+from jhessians.report.recorder import recording
+from jhessians.report.summary import Summary, measure_trees
+
+
+def is_first_host() -> bool:
+    """Whether this process writes and speaks for all hosts of the run."""
+    return jax.process_index() == 0
+
+
+def compute(config: ComputeConfig) -> Summary:
+    """Fit the Hessian that `config` asks for and write it under its run path.
+
+    Every process of a run on several hosts calls this; the first one writes.
+
+    Raises:
+        UserError: If the input is wrong in any of the ways that `jhessians.errors` knows.
+    """
+    config.validate()
+    start_hosts()
+    first = is_first_host()
+    mesh = make_mesh(config.world_size)
+    require_supported(config.matmul_precision, jax.local_devices()[0])
+    with ExitStack() as stack:
+        with together():
+            directory = RunDirectory(config.run_path, config.overwrite, writer=first)
+            part = stack.enter_context(directory)
+            recorder = stack.enter_context(
+                recording(part, profile=config.profile, trace=config.profile_trace)
+            )
+        progress = Progress(quiet=config.quiet or not first, around=recorder.around)
+        inputs = _read_inputs(config, mesh, progress)
+        problem = _load_problem(config, inputs, mesh, progress)
+        config = _settled(config, inputs, problem, mesh, progress)
+        problem = replace(problem, activations=cast(Activations, config.activations))
+        shards = config.num_shards or mesh.size
+        run = Run(
+            problem,
+            inputs.batches,
+            options=config.method_options,
+            correct_eigenvalues=config.corrects_eigenvalues,
+            partitions=config.module_partitions,
+            dtype=_sum_dtype(config),
+            include_bias=config.include_bias,
+            destination=Destination(
+                part,
+                documents=len(inputs.batches.documents),
+                total_processed=inputs.batches.documents.positions,
+                layout=config.layout,
+                shards=shards,
+                dtype=config.hessian_dtype,
+            ),
+            progress=progress,
+            parameters=partial(converters.parameter_order.named_parameters, inputs.settings),
+        )
+        config.chosen.fit(run)
+        _write_config(run, config, inputs, mesh)
+        with together():
+            profile = None
+            if config.profile:
+                profile = recorder.finish(run, config.chosen, mesh, numbers=config.precision)
+        with together():
+            stack.close()
+    # Only the first process is sure to see the folder, and only it has something to say.
+    trees, disk_bytes = measure_trees(config.run_path) if first else ([], 0)
+    shell, python = next_steps(
+        config, model=inputs.model_name, dataset=inputs.dataset_name, shards=shards,
+        model_max_length=inputs.positions,
+    )  # fmt: skip
+    return Summary(
+        run_path=config.run_path,
+        method=config.method,
+        product=config.chosen.product,
+        modules=sum(len(site.module_names()) for site in problem.sites.values()),
+        documents=len(inputs.batches.documents),
+        skipped_documents=inputs.batches.plan.skipped,
+        positions=inputs.batches.documents.positions,
+        devices=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        timings=progress.timings,
+        trees=trees,
+        disk_bytes=disk_bytes,
+        padding_share=inputs.batches.plan.padding_share,
+        profile=profile,
+        notes=progress.notes,
+        warnings=progress.warnings,
+        next_shell=shell,
+        next_python=python,
+    )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run works on.
+
+    Attributes:
+        model_name, dataset_name: The demo's too.
+        settings: transformers' config of the model.
+        positions: Tokens that the model's positions allow.
+        batches: The data set.
+    """
+
+    model_name: str
+    dataset_name: str
+    settings: Any
+    positions: int
+    batches: Batches
+
+
+def _read_inputs(config: ComputeConfig, mesh: Mesh, progress: Progress) -> _Inputs:
+    """Read settings and data, the cheap and error-prone things, before any weights."""
+    model_name = str(demo.MODEL) if config.is_demo else str(config.model)
+    dataset_name = str(demo.DATASET) if config.is_demo else str(config.dataset)
+    with progress.stage("Data"), together():
+        source = converters.hub.find(model_name, config.revision)
+        if source.adapter is not None and config.optimizer_state is not None:
+            raise ConfigError(
+                f"--optimizer_state is given, but {model_name} is an adapter, whose parameters' "
+                "order in an optimizer isn't known here; estimate with --normalizer adam"
+            )
+        settings = converters.registry.read_config(source.folder)
+        shape = converters.decoder_config(settings)
+        documents = load_documents(
+            _data_options(config, dataset_name),
+            _tokenizer(config, model_name),
+            max_length=min(shape.positions, config.token_batch_size),
+            vocab_size=shape.vocabulary_size,
+        )
+        plan = plan_batches(
+            documents.lengths,
+            token_batch_size=config.token_batch_size,
+            devices=mesh.size,
+            max_length=shape.positions,
+        )
+    require_same("data sets", documents.tokens, documents.labels, documents.offsets)
+    batches = Batches(documents, plan)
+    return _Inputs(model_name, dataset_name, settings, shape.positions, batches)
+
+
+def _load_problem(
+    config: ComputeConfig, inputs: _Inputs, mesh: Mesh, progress: Progress
+) -> Problem:
+    """Load the weights and find the linears that the options take in."""
+    spread = mesh if mesh.size > 1 else None
+    with progress.stage("Model"), together():
+        model = converters.load(
+            inputs.model_name,
+            dtype=DTYPES[config.precision][1],
+            revision=config.revision,
+            mesh=spread,
+            fsdp=config.fsdp and spread is not None,
+        ).model
+    loss = NextTokenLoss(
+        labels="dataset" if config.takes_dataset_labels else "sampled",
+        reduction=config.gradient_reduction,
+        seed=config.seed,
+        draws=config.mc_samples,
+        function="log_odds" if config.loss_fn == "log_odds" else "cross_entropy",
+        label_smoothing=config.label_smoothing,
+    )
+    example = next(iter(inputs.batches))
+    sites = find_sites(loss, model, example, include_bias=config.include_bias)
+    family = converters.registry.family_of(inputs.settings)
+    sites = select_sites(sites, config, family.base_prefix, progress.note)
+    return Problem(
+        loss, model, sites,
+        mesh=spread, draws=config.mc_samples, matmul_precision=config.matmul_precision,
+    )  # fmt: skip
+
+
+def _settled(
+    config: ComputeConfig, inputs: _Inputs, problem: Problem, mesh: Mesh, progress: Progress
+) -> ComputeConfig:
+    """The options with everything settled that they leave to the model and the memory."""
+    sites, dtype = problem.sites, _sum_dtype(config)
+    names = [name for site in sites.values() for name in site.module_names()]
+    settled = config.chosen.settled(config.method_options, names)
+    partitions, choice = config.module_partitions, config.activations
+    if partitions == AUTOMATIC:
+        partitions = needed_partitions(sites, dtype.itemsize, mesh.size)
+    if choice == activations.AUTOMATIC:
+        batches = inputs.batches
+        largest = activations.largest_batch(batches.plan, next(iter(batches)), mesh.size)
+        stored = activations.stored_bytes(problem, largest)
+        taken = config.chosen.statistics_bytes(
+            sites, config.method_options, dtype, partitions=partitions
+        )
+        free = max(0, free_memory() - taken // mesh.size)
+        choice = activations.choose(stored, free)
+        if choice == "recompute":
+            progress.note(
+                f"Activations are recomputed: stored they take {bytes_in_words(stored)} a device, "
+                f"where {bytes_in_words(free)} are free beside model and statistics"
+            )
+    return replace(config, module_partitions=partitions, activations=choice, **settled)
+
+
+def _write_config(run: Run, config: ComputeConfig, inputs: _Inputs, mesh: Mesh) -> None:
+    """The configuration that replays the run, and says where it ran."""
+    step = config.bergson_step(
+        model=inputs.model_name, dataset=inputs.dataset_name, shards=run.destination.shards,
+        processes=jax.process_count(),
+    )  # fmt: skip
+    options = config.resolved_dict()
+    devices = [str(device) for device in mesh.devices.flat]
+    document = config_document("compute", options, step, devices=devices)
+    write_config(run.destination.root, document, options, layout=config.layout)
+
+
+def _sum_dtype(config: ComputeConfig) -> np.dtype:
+    """Wide enough for sums, even where results are stored in 16 bits."""
+    return np.promote_types(np.float32, DTYPES[config.hessian_dtype][1])
+
+
+def _tokenizer(config: ComputeConfig, model_name: str) -> Any:
+    name = config.tokenizer or model_name
+    revision = None if config.tokenizer else config.revision
+    tokenizer = converters.load_tokenizer(name, revision)
+    if tokenizer is None:
+        raise CheckpointError(f"{name} has no tokenizer; name one with --tokenizer")
+    return tokenizer
+
+
+def _data_options(config: ComputeConfig, dataset: str) -> DataOptions:
+    return DataOptions(
+        dataset=dataset,
+        split=config.split,
+        subset=config.subset,
+        prompt_column=config.prompt_column,
+        completion_column=config.completion_column,
+        conversation_column=config.conversation_column,
+        truncation=config.truncation,
+        chunk_length=config.chunk_length,
+        max_tokens=config.max_tokens,
+    )

@@ -1,0 +1,8 @@
+"""All subcommands, in the order of the list in `--help`."""
+
+from jhessians.commands.compute import COMPUTE
+from jhessians.commands.convert import CONVERT
+from jhessians.commands.mix import MIX
+
+COMMANDS = {command.name: command for command in (COMPUTE, MIX, CONVERT)}
+"""By name."""
