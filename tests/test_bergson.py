@@ -20,7 +20,6 @@ from jhessians.commands.compute import pipeline
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute
 from jhessians.data.documents import IGNORED
-from jhessians.report.progress import Progress
 from jhessians.report.summary import Summary
 from tests.oracles import bergson, checkpoints, kfac_numpy
 from tests.tolerances import DAMPED_INVERSE, FACTORS, FLOAT64_FACTORS, SCORE_CORRELATION
@@ -106,7 +105,7 @@ def options_of(case: Case, models) -> dict[str, Any]:
 def ours(out: Path, case: Case, models, **options: Any) -> Summary:
     """Our factors of a case in `out`, on one device, in this process."""
     given = options_of(case, models) | {"num_shards": case.shards, "world_size": 1} | options
-    return compute(ComputeConfig(run_path=str(out), **given), Progress(quiet=True))
+    return compute(ComputeConfig(run_path=str(out), **given))
 
 
 def theirs(case: Case, models) -> Path:

@@ -15,7 +15,6 @@ import pytest
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute
 from jhessians.interop.processor import GradientProcessor
-from jhessians.report.progress import Progress
 from tests.oracles import bergson, checkpoints
 from tests.test_bergson import EIGENVECTORS, errors
 from tests.tolerances import INVARIANCE
@@ -92,7 +91,7 @@ def test_two_processes_compute_what_one_does(model, tmp_path, record_property):
     flags = ["--include_bias", "--fsdp"]
     options = {"model": str(model), "dataset": str(model / "docs.jsonl"), "num_shards": 2}
     config = ComputeConfig(str(tmp_path / "one"), **options, include_bias=True, world_size=1)
-    compute(config, Progress(quiet=True))
+    compute(config)
     command = arguments(tmp_path / "two", model, *flags)
     with Hosts(command, command) as hosts:
         (code, output, errors_0), (other, silent, errors_1) = hosts.finish()
@@ -127,7 +126,7 @@ def test_every_method_on_two_processes(model, tmp_path, method):
         options["num_shards"] = 2
     options |= {"model": str(model), "dataset": str(model / "docs.jsonl"), "layout": "bergson"}
     config = ComputeConfig(str(tmp_path / "one"), **options, world_size=1)
-    compute(config, Progress(quiet=True))
+    compute(config)
     command = [str(tmp_path / "two"), *(f"--{name}={value}" for name, value in options.items())]
     with Hosts(command, command) as hosts:
         (code, _, errors_0), (other, _, errors_1) = hosts.finish()

@@ -18,7 +18,6 @@ from jhessians.cli.main import main
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute
 from jhessians.errors import CheckpointError
-from jhessians.report.progress import Progress
 from tests.oracles import bergson, checkpoints
 from tests.small import relative_error
 from tests.test_bergson import error, errors, factor_errors
@@ -49,7 +48,7 @@ def ours(run, folder, **options):
     }  # fmt: skip
     if options.get("method") != "autocorrelation":
         given["use_dataset_labels"] = True
-    return compute(ComputeConfig(str(run), **given | options), Progress(quiet=True))
+    return compute(ComputeConfig(str(run), **given | options))
 
 
 def theirs(folder, *extra, **options):

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jhessians.capture.site import Site
-    from jhessians.fitting.factors import Kinds, KindShapes
     from jhessians.folds.covariance import FactorFold
     from jhessians.methods.method import Run
 
@@ -47,7 +46,8 @@ class FactoredMethod(Method):
         fold = self.fold(run.options, run.dtype)
         groups = partition(run.problem.sites, run.partitions)
         shapes = kind_shapes(run.problem.sites) if len(groups) > 1 else {}
-        data = run.batches.documents
+        data, terms = run.batches.documents, run.batches.terms(fold.unit)
+        destination = replace(run.destination, total_processed=terms)
         for number, sites in enumerate(groups, start=1):
             if len(groups) > 1:
                 modules = sum(len(site.slots) for site in sites.values())
@@ -57,17 +57,23 @@ class FactoredMethod(Method):
                 run.batches,
                 positions=data.positions,
                 documents=len(data),
-                terms=run.batches.terms(fold.unit),
+                terms=terms,
                 method=fold,
                 correct_eigenvalues=run.correct_eigenvalues,
                 dtype=run.dtype,
                 progress=run.progress,
             )
             for kinds in stages:
-                _export(run, kinds, shapes, fresh=number == 1, last=number == len(groups))
-        run.destination.write_totals(
-            corrected=run.correct_eigenvalues, include_bias=run.include_bias
-        )
+                with run.progress.stage(
+                    "Export", sum(map(len, kinds.values())), "tensors"
+                ) as stage:
+                    for kind, tensors in kinds.items():
+                        destination.write_kind(
+                            kind, tensors,
+                            among=shapes.get(kind), fresh=number == 1, last=number == len(groups),
+                        )  # fmt: skip
+                        stage.advance(len(tensors))
+        destination.write_totals(corrected=run.correct_eigenvalues, include_bias=run.include_bias)
 
     def flop(self, work: arithmetic.Work, options: Any) -> dict[str, float]:
         """Of the passes for the factors and for the eigenvalue correction."""
@@ -91,13 +97,3 @@ class FactoredMethod(Method):
         from jhessians.fitting.partitions import factor_bytes
 
         return factor_bytes(sites, partitions, dtype.itemsize)
-
-
-def _export(run: Run, kinds: Kinds, shapes: KindShapes, *, fresh: bool, last: bool) -> None:
-    total = sum(len(tensors) for tensors in kinds.values())
-    with run.progress.stage("Export", total, "tensors") as stage:
-        for kind, tensors in kinds.items():
-            run.destination.write_kind(
-                kind, tensors, among=shapes.get(kind), fresh=fresh, last=last
-            )
-            stage.advance(len(tensors))

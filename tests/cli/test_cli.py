@@ -11,10 +11,10 @@ import warnings
 import jax
 import pytest
 
-from jhessians.cli.main import main, parse_compute
+from jhessians.cli.main import main, parse
 from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.table import COMMANDS
 from jhessians.config.option import options_of
-from jhessians.config.provenance import config_document
 from jhessians.errors import (
     CheckpointError,
     DatasetError,
@@ -40,16 +40,21 @@ SUMMARY = Summary(
 )
 
 
+def parse_compute(arguments):
+    return parse(COMMANDS["compute"], arguments)
+
+
 @pytest.fixture
 def pipeline(monkeypatch):
     """A pipeline that records its calls and does whatever `pipeline.body` says."""
     fake = types.ModuleType("jhessians.commands.compute.pipeline")
     fake.calls = []
-    fake.body = lambda config, progress: SUMMARY
+    fake.body = lambda config: SUMMARY
+    fake.is_first_host = lambda: True
 
-    def compute(config, progress):
+    def compute(config):
         fake.calls.append(config)
-        return fake.body(config, progress)
+        return fake.body(config)
 
     fake.compute = compute
     monkeypatch.setitem(sys.modules, "jhessians.commands.compute.pipeline", fake)
@@ -57,7 +62,7 @@ def pipeline(monkeypatch):
 
 
 def failing(error):
-    def body(config, progress):
+    def body(config):
         raise error
 
     return body
@@ -203,7 +208,7 @@ def test_modules_take_several_words():
         (["compute", "r", "--seed", "x"], "--seed: invalid int value: 'x'"),
         (["compute", "r", "--seed", "-1"], "--seed must be at least 0, got -1"),
         (["compute", "r", "--fsdp=maybe"], "'maybe' is neither true nor false"),
-        (["compute", "r", "--method", "tkfak"], "shampoo, autocorrelation; did you mean"),
+        (["compute", "r", "--method", "tkfak"], "kfac_reduce, autocorrelation; did you mean"),
         (["compute", "r", "--model", "m"], "--model is given without --dataset"),
         (["compute", "r", "--ev_correction", "false"], "use --method kfac"),
         (["compute", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
@@ -224,9 +229,8 @@ def test_summary_on_standard_output(capsys, pipeline):
 
 
 def test_quiet_prints_nothing(capsys, pipeline):
-    def body(config, progress):
-        with progress.stage("Covariances", total=2, unit="positions") as stage:
-            stage.advance(2)
+    def body(config):
+        assert config.quiet
         warnings.warn("hush", stacklevel=1)
         logging.getLogger("jhessians").warning("hush")
         return SUMMARY
@@ -238,11 +242,7 @@ def test_quiet_prints_nothing(capsys, pipeline):
 
 
 def test_other_processes_print_no_summary(capsys, pipeline):
-    def body(config, progress):
-        progress.quiet = True
-        return SUMMARY
-
-    pipeline.body = body
+    pipeline.is_first_host = lambda: False
     assert main(["compute", "r"]) == 0
     assert capsys.readouterr().out == ""
 
@@ -321,7 +321,7 @@ def fresh_transformers(monkeypatch):
 
 
 def test_warnings_and_logs_take_one_line_each(capsys, pipeline, fresh_transformers):
-    def body(config, progress):
+    def body(config):
         warnings.warn("3 documents are\nunder 2 tokens", UserWarning, stacklevel=1)
         warnings.warn("old", FutureWarning, stacklevel=1)
         logging.getLogger("transformers.tokenization").warning("chatter")
@@ -340,7 +340,7 @@ def test_warnings_and_logs_take_one_line_each(capsys, pipeline, fresh_transforme
 
 
 def test_debug_lets_the_libraries_speak(capsys, pipeline, fresh_transformers):
-    def body(config, progress):
+    def body(config):
         logging.getLogger("transformers.tokenization").warning("chatter")
         return SUMMARY
 
@@ -351,7 +351,7 @@ def test_debug_lets_the_libraries_speak(capsys, pipeline, fresh_transformers):
 
 @pytest.mark.parametrize("option", ["--precision", "--hessian_dtype"])
 def test_fp64_reaches_jax_and_leaves_it_again(pipeline, option):
-    def body(config, progress):
+    def body(config):
         pipeline.x64 = jax.config.read("jax_enable_x64")
         return SUMMARY
 
@@ -370,7 +370,7 @@ def test_replay(tmp_path, pipeline):
     first = ComputeConfig(
         run_path="runs/first", model="m", dataset="d", seed=5, modules=("a", "b"), overwrite=True
     )
-    document = config_document(first, model="m", dataset="d", shards=1)
+    document = first.document(model="m", dataset="d", shards=1)
     write_config(tmp_path, document, {})
     assert main(["compute", "--config", str(tmp_path / "config.yaml")]) == 0
     assert main(["compute", "runs/second", "--config", str(tmp_path), "--seed", "6"]) == 0

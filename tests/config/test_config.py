@@ -8,10 +8,10 @@ import yaml
 
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.config.option import options_of
-from jhessians.config.provenance import CONFIG_FILE, config_document, to_bergson_dict
-from jhessians.config.statistics import METHODS
+from jhessians.config.provenance import CONFIG_FILE
 from jhessians.errors import ConfigError
 from jhessians.interop.export import write_config
+from jhessians.methods.table import METHODS
 
 DENSE = {"method": "autocorrelation"}
 REAL = {"model": "org/model", "dataset": "docs.jsonl"}
@@ -78,7 +78,7 @@ CHANGED_DENSE = ComputeConfig(
 
 def written(tmp_path, config, **more):
     arguments = {"model": "org/model", "dataset": "docs.jsonl", "shards": 3} | more
-    write_config(tmp_path, config_document(config, **arguments), {}, layout="bergson")
+    write_config(tmp_path, config.document(**arguments), {}, layout="bergson")
     return tmp_path / CONFIG_FILE
 
 
@@ -130,12 +130,12 @@ def test_method_and_correction(method, flag, corrected):
     config = ComputeConfig(run_path="r", method=method, ev_correction=flag)
     config.validate()
     assert config.corrects_eigenvalues is corrected
-    assert config.bergson_method == "kfac"
+    assert config.chosen.bergson == "kfac"
 
 
 def test_every_method_is_a_choice():
     (method,) = (each for each in options_of(ComputeConfig) if each.name == "method")
-    assert method.choices == tuple(each.name for each in METHODS)
+    assert method.choices == tuple(METHODS)
     assert method.default == "ekfac"
 
 
@@ -257,8 +257,12 @@ def test_document_says_where_it_ran(tmp_path):
     ("shards", "processes", "nodes", "per_node"), [(8, 1, 1, 8), (8, 2, 2, 4), (3, 2, 1, 3)]
 )
 def test_bergson_has_one_process_per_shard(shards, processes, nodes, per_node):
-    step = to_bergson_dict(CHANGED, model="m", dataset="d", shards=shards, processes=processes)
-    assert step["index_cfg"]["distributed"] == {"nnode": nodes, "nproc_per_node": per_node}
+    world = {"model": "m", "dataset": "d", "shards": shards, "processes": processes}
+    (step,) = CHANGED.document(**world)["steps"]
+    assert step["hessian"]["index_cfg"]["distributed"] == {
+        "nnode": nodes,
+        "nproc_per_node": per_node,
+    }
 
 
 def test_demo_is_replayed_as_demo_and_named_for_bergson(tmp_path):

@@ -22,7 +22,6 @@ from jhessians.devices.mesh import make_mesh
 from jhessians.errors import CheckpointError, ConfigError
 from jhessians.models.layers import Linear
 from jhessians.models.lora import LoRA, freeze
-from jhessians.report.progress import Progress
 from tests.converters.comparison import documents, error, our_logits, their_logits
 from tests.oracles import adapters, bergson, checkpoints
 from tests.test_bergson import COVARIANCES, factor_errors
@@ -156,7 +155,7 @@ def fitted(folder: Path, data: Path, run: Path, **options):
     settings = {"use_dataset_labels": True, "token_batch_size": 128, "truncation": True}
     given = {"world_size": 1, **settings, **options}
     config = ComputeConfig(str(run), model=str(folder), dataset=str(data), **given)
-    compute(config, Progress(quiet=True))
+    compute(config)
     return bergson.read(run)
 
 
@@ -241,7 +240,7 @@ def test_modules_can_be_chosen_and_dense_methods_work(adapter, tmp_path):
     config = ComputeConfig(
         str(tmp_path / "run"), model=str(folder), dataset=str(data), world_size=1, **options
     )
-    assert compute(config, Progress(quiet=True)).modules == 6
+    assert compute(config).modules == 6
 
 
 def test_optimizer_states_are_refused(adapter, tmp_path):

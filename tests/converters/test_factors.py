@@ -11,7 +11,6 @@ from converters import decoder_config, supported
 from converters.registry import read_config
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute
-from jhessians.report.progress import Progress
 from tests.oracles import bergson, capture, checkpoints, kfac_numpy
 from tests.test_bergson import factor_errors
 from tests.tolerances import FACTORS
@@ -57,7 +56,7 @@ def ours(run, folder, data, **options):
         str(run), model=str(folder), dataset=str(data),
         use_dataset_labels=True, truncation=True, **given,
     )  # fmt: skip
-    return compute(config, Progress(quiet=True))
+    return compute(config)
 
 
 def compare(found, expected, record_property=lambda *_: None):

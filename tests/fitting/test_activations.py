@@ -18,10 +18,10 @@ from jhessians.commands.compute import pipeline
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.data.batching import BatchPlan
 from jhessians.errors import ConfigError
+from jhessians.fitting import partitions
 from jhessians.fitting.activations import choose, largest_batch, stored_bytes
 from jhessians.fitting.partitions import factor_bytes
 from jhessians.models.config import ExpertsConfig, MLPConfig
-from jhessians.report.progress import Progress
 from tests import small
 from tests.oracles import checkpoints
 from tests.test_invariance import compare
@@ -119,13 +119,10 @@ def run(folder: Path, path: Path, free: int, monkeypatch, **options) -> tuple[Co
         str(path), model=str(folder), dataset=str(folder / "docs.jsonl"), world_size=1,
         truncation=True, **options,
     )  # fmt: skip
-    progress, said = Progress(quiet=True), []
-    monkeypatch.setattr(progress, "note", said.append)
     monkeypatch.setattr(pipeline, "free_memory", lambda: free)
-    nothing = dict.fromkeys(pipeline.FITS, lambda run: None)
-    monkeypatch.setattr(pipeline, "FITS", nothing)
-    pipeline.compute(config, progress)
-    return ComputeConfig.from_yaml(path), said
+    monkeypatch.setattr(type(config.chosen), "fit", lambda method, run: None)
+    summary = pipeline.compute(config)
+    return ComputeConfig.from_yaml(path), list(summary.notes)
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +151,10 @@ def test_statistics_come_first(folder, tmp_path, monkeypatch):
     sizes = []
 
     def taken(*arguments):
-        sizes.append(factor_bytes(*arguments))
-        return sizes[-1]
+        sizes.append(factor_bytes(*arguments))  # on the one device
+        return factor_bytes(*arguments)
 
-    monkeypatch.setattr(pipeline, "factor_bytes", taken)
+    monkeypatch.setattr(partitions, "factor_bytes", taken)
     _, said = run(folder, tmp_path / "first", 1, monkeypatch, method="kfac")
     stored = float(re.search(r"take (\S+) kB", said[0])[1]) * 1000
     free = round(sizes[0] + 1.9 * stored)

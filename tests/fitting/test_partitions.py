@@ -13,7 +13,6 @@ from jhessians.commands.compute.pipeline import compute
 from jhessians.errors import ConfigError
 from jhessians.fitting import partitions
 from jhessians.fitting.partitions import factor_bytes, needed_partitions, partition
-from jhessians.report.progress import Progress
 from tests.oracles import checkpoints
 from tests.small import LLAMA, batches, decoder, documents, relative_error
 from tests.tolerances import INVARIANCE
@@ -38,11 +37,7 @@ def run(folder, tmp_path_factory):
                 str(path), model=str(folder), dataset=str(data), module_partitions=count,
                 world_size=1, num_shards=2, truncation=True, **options,
             )  # fmt: skip
-            progress = Progress(quiet=True)
-            said: list[str] = []
-            progress.note = said.append  # type: ignore[method-assign]
-            compute(config, progress)
-            done[key] = path, said
+            done[key] = path, list(compute(config).notes)
         return done[key]
 
     return get

@@ -33,7 +33,6 @@ from jhessians.methods import autocorrelation
 from jhessians.methods.autocorrelation import _check_memory, split_sites
 from jhessians.models.layers import Linear
 from jhessians.models.loss import NextTokenLoss
-from jhessians.report.progress import Progress
 from tests import small
 from tests.oracles import bergson, checkpoints
 from tests.tolerances import FACTORS, INVARIANCE
@@ -150,7 +149,7 @@ def ours(out, folder, **options):
         "method": "autocorrelation", "token_batch_size": 256, "world_size": 1,
     }  # fmt: skip
     config = ComputeConfig(run_path=str(out), **given | options)
-    return compute(config, Progress(quiet=True))
+    return compute(config)
 
 
 def theirs(folder, **options):
@@ -404,7 +403,7 @@ def test_large_grams_are_announced(monkeypatch):
     config = ComputeConfig(run_path="r", method="autocorrelation")
     said: list[str] = []
     run = SimpleNamespace(
-        config=config, dtype=np.dtype(np.float32), progress=SimpleNamespace(warn=said.append)
+        options=config, dtype=np.dtype(np.float32), progress=SimpleNamespace(warn=said.append)
     )
     _check_memory(run, qkv(), GradientRows())
     assert not said

@@ -15,8 +15,12 @@ from jhessians.capture.site import Site
 from jhessians.capture.sites import unshared
 from jhessians.cli.main import main
 from jhessians.commands.compute.config import ComputeConfig
+from jhessians.data.batches import Batches
+from jhessians.data.batching import plan_batches
 from jhessians.errors import ConfigError, OutputError
 from jhessians.fitting import arithmetic
+from jhessians.methods.method import NoOptions
+from jhessians.methods.table import METHODS
 from jhessians.models.config import ExpertsConfig, MLPConfig
 from jhessians.report import recorder as profiling
 from jhessians.report.profile import Profile, StageProfile
@@ -100,9 +104,9 @@ def test_what_a_mixture_of_experts_needs():
     batches = small.batches(documents)
     loss = jhessians.NextTokenLoss("dataset")
     problem = jhessians.Problem(loss, model, jhessians.find_sites(loss, model, batches[0]))
-    config = ComputeConfig(run_path="r", method="kfac")
-    run = SimpleNamespace(config=config, problem=problem, documents=documents, batches=batches)
-    found = profiling.needed(run)["Covariances"]
+    data = Batches(documents, plan_batches(documents.lengths, token_batch_size=256))
+    run = SimpleNamespace(problem=problem, batches=data, options=NoOptions())
+    found = profiling.needed(run, METHODS["kfac"])["Covariances"]
     weights = 2 * (16 * 48 + 16 * 16 + 16 * 48 + 24 * 16) + 53 * 16  # one expert of four
     grams = 2 * (16**2 + 48**2 + 16**2 + 16**2 + 16**2 + 48**2 + 24**2 + 16**2)
     assert found == 14 * (4 * weights + grams)
@@ -115,8 +119,7 @@ def test_lengths_are_counted_without_those_that_are_skipped():
 def test_a_recorder_adds_up_what_stages_take(tmp_path):
     recorder = profiling.Recorder(tmp_path, {})
     jax.monitoring.register_event_duration_secs_listener(recorder.listen)
-    progress = Progress(quiet=True)
-    progress.around = recorder.around
+    progress = Progress(quiet=True, around=recorder.around)
     try:
         with progress.stage("One"):
             (tmp_path / "file").write_bytes(b"x" * 1000)
@@ -184,10 +187,10 @@ def test_a_trace_has_stages_and_batches(profiled):
 
 
 def test_nothing_is_recorded_unasked(tmp_path):
-    progress = Progress(quiet=True)
-    around = progress.around
-    with profiling.observed(ComputeConfig(run_path="r"), progress, tmp_path) as recorder:
-        assert recorder is None and progress.around is around
+    with profiling.recording(tmp_path, profile=False, trace=None) as recorder:
+        with recorder.around("A stage"):
+            pass
+        assert not recorder.stages
 
 
 def test_a_trace_must_not_lie_in_what_is_renamed(tmp_path):
@@ -198,7 +201,6 @@ def test_a_trace_must_not_lie_in_what_is_renamed(tmp_path):
 
 def test_a_trace_that_cannot_be_written_is_an_error_before_hours_go_by(tmp_path):
     (tmp_path / "file").touch()
-    config = ComputeConfig(run_path="r", profile_trace=str(tmp_path / "file" / "t"))
     with pytest.raises(OutputError, match="a part of the path is a file"):
-        with profiling.observed(config, Progress(quiet=True), tmp_path):
+        with profiling.recording(tmp_path, profile=True, trace=str(tmp_path / "file" / "t")):
             pass

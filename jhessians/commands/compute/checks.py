@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     from jhessians.commands.compute.config import ComputeConfig
 
 
+def check_owners(config: ComputeConfig) -> None:
+    """Refuse options that belong to another method than the chosen one.
+
+    Raises:
+        ConfigError: The first one found.
+    """
+    method = config.chosen
+    for other in METHODS.values():
+        for each in options_of(other.options):
+            given = getattr(config, each.name) != each.default
+            if given and other.options is not method.options:
+                raise ConfigError(
+                    f"--{each.name} belongs to --method {other.name}, not {method.name}; "
+                    "leave it out"
+                )
+
+
 def check_between_tables(config: ComputeConfig) -> None:
     """Refuse options of different tables that contradict each other, or say nothing together.
 
@@ -45,14 +62,6 @@ def check_between_tables(config: ComputeConfig) -> None:
 
 def _check_method(config: ComputeConfig) -> None:
     method = config.chosen
-    for other in METHODS.values():
-        for each in options_of(other.options):
-            given = getattr(config, each.name) != each.default
-            if given and other.options is not method.options:
-                raise ConfigError(
-                    f"--{each.name} belongs to --method {other.name}, not {method.name}; "
-                    "leave it out"
-                )
     if method.ev_correction and config.ev_correction is False:
         raise ConfigError(
             f"--method {method.name} includes the eigenvalue correction, "

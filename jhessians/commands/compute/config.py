@@ -6,7 +6,7 @@ Names and meanings follow bergson 2.5.1 wherever both tools have the option.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from jhessians.config.inputs import InputOptions
 from jhessians.config.machine import ConsoleOptions, MachineOptions, OutputOptions
 from jhessians.config.numbers import NumberOptions
 from jhessians.config.option import check_all, check_tables, options_of, plain_dict
-from jhessians.config.provenance import bergson_places, read_options
+from jhessians.config.provenance import bergson_places, config_document, read_options
 from jhessians.config.statistics import StatisticsOptions
 from jhessians.errors import ConfigError
 from jhessians.methods.method import Method
@@ -86,16 +86,10 @@ class ComputeConfig(
         Raises:
             ConfigError: With one line: what clashes and what to change.
         """
+        from jhessians.commands.compute.checks import check_between_tables, check_owners
+
+        check_owners(self)
         check_tables(self)
-
-    def check_together(self) -> None:
-        """Refuse what clashes between tables of options; each checks its own itself.
-
-        Raises:
-            ConfigError: The first clash found.
-        """
-        from jhessians.commands.compute.checks import check_between_tables
-
         check_between_tables(self)
 
     def resolved_dict(self) -> dict[str, Any]:
@@ -140,6 +134,16 @@ class ComputeConfig(
                 "index_cfg": {"run_path": self.run_path, **step["index_cfg"], "distributed": world},
             }
         }
+
+    def document(self, *, devices: Sequence[str] = (), **names: Any) -> dict[str, Any]:
+        """All of config.yaml.
+
+        Args:
+            devices: See `run_metadata`.
+            names: Arguments of `bergson_step`.
+        """
+        step = self.bergson_step(**names)
+        return config_document("compute", self.resolved_dict(), step, devices=devices)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "the config") -> ComputeConfig:

@@ -20,7 +20,6 @@ from jhessians.capture.sites import find_sites
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.next_steps import next_steps
 from jhessians.commands.compute.selection import select_sites
-from jhessians.config.provenance import config_document
 from jhessians.config.units import bytes_in_words
 from jhessians.data.batches import Batches
 from jhessians.data.batching import plan_batches
@@ -235,14 +234,11 @@ def _settled(
 
 def _write_config(run: Run, config: ComputeConfig, inputs: _Inputs, mesh: Mesh) -> None:
     """The configuration that replays the run, and says where it ran."""
-    step = config.bergson_step(
+    document = config.document(
         model=inputs.model_name, dataset=inputs.dataset_name, shards=run.destination.shards,
-        processes=jax.process_count(),
+        processes=jax.process_count(), devices=[str(device) for device in mesh.devices.flat],
     )  # fmt: skip
-    options = config.resolved_dict()
-    devices = [str(device) for device in mesh.devices.flat]
-    document = config_document("compute", options, step, devices=devices)
-    write_config(run.destination.root, document, options, layout=config.layout)
+    write_config(run.destination.root, document, config.resolved_dict(), layout=config.layout)
 
 
 def _sum_dtype(config: ComputeConfig) -> np.dtype:
