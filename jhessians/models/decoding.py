@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 
 from jhessians.models.attention import Attention, Layer, Positions, each_layer, positions
-from jhessians.models.decoder import Decoder
+from jhessians.models.decoder import Block, Decoder
 from jhessians.models.layers import at_least_float32
 from jhessians.models.rope import depends_on_length, turns_differently
 from jhessians.typing import Array, Bool, Float, Int, PyTree
@@ -107,6 +107,7 @@ def _through_layers(
     def body(h: Array, layer: tuple[PyTree[Array], Layer, Cache | None]) -> tuple[Array, Cache]:
         state, settings, past = layer
         block = nnx.merge(graph, state)
+        assert isinstance(block, Block)
         entries = []
 
         def attention(read: Array) -> Array:

@@ -149,18 +149,16 @@ def test_a_step_at_a_wrong_position_fails(family, checkpoint):
     assert error([x[1:] for x in stepped], [x[1:] for x in whole]) > tolerances.TWIN
 
 
-ALL_LINEARS = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
-MIXTURES = {"gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
-
-
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[] if f == "llama" else pytest.mark.slow) for f in supported()]
 )
 def test_with_an_adapter(family, checkpoint, tmp_path):
     """peft's routers and experts are no linears: adapters of mixtures are on attention alone."""
-    targets = ["q_proj", "v_proj"] if family in MIXTURES else "all-linear"
+    mixture = {"num_experts", "num_local_experts"} & checkpoints.ARCHITECTURES[family](320).keys()
+    targets = ["q_proj", "v_proj"] if mixture else "all-linear"
     base = checkpoint(family)
-    folder = adapters.build(base, tmp_path, seed=2, **{**ALL_LINEARS, "target_modules": targets})
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": targets}
+    folder = adapters.build(base, tmp_path, seed=2, **settings)
     found = generate(stretched(load(folder).model), prompts(), max_new_tokens=NEW)
     texts = [np.array([*p, *a]) for p, a in zip(prompts(), found, strict=True)]
     for logits, answer in zip(adapters.logits(base, folder, texts), found, strict=True):

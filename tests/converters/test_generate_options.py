@@ -131,7 +131,7 @@ def test_bad_tokens(model, tokens, message):
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
         (
             {"max_new_tokens": 121},
-            "121 after a prompt of 8 tokens is longer than the 128 positions",
+            "121 after a prompt of 8 tokens is longer than the 128",
         ),
         ({"temperature": -1.0}, "temperature is -1.0; expected a number from 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
