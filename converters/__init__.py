@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from converters.flax_checkpoint import save_flax  # noqa: E402
+from converters.generate import generate  # noqa: E402
 from converters.hub import load_tokenizer  # noqa: E402
 from converters.loading import LoadedModel, load  # noqa: E402
 from converters.registry import create, decoder_config, register, supported  # noqa: E402
@@ -19,6 +20,7 @@ __all__ = [
     "conv1d",
     "create",
     "decoder_config",
+    "generate",
     "linear",
     "load",
     "load_tokenizer",

@@ -16,7 +16,7 @@ from jhessians.models.config import AttentionConfig, DecoderConfig
 from jhessians.models.layers import Linear
 from jhessians.models.norms import Norm
 from jhessians.models.rope import rotate, rotations
-from jhessians.models.softmax import Terms, causal_attention
+from jhessians.models.softmax import Terms, attention_at, causal_attention
 from jhessians.typing import Array, DTypeLike, Float, Int
 
 EVERYTHING = 2**30
@@ -32,12 +32,15 @@ class Positions:
         cosine: Of the angles, [rope, document or 1, position, pair]; the last rope rotates nothing.
         sine: Likewise.
         bias: On attention logits, [head, key's position].
+        query: Where the one query of each document stands, [document]; None if all positions have
+            one.
         backward_only: See `causal_attention`.
     """
 
     cosine: Float[Array, "p m s r"] | None
     sine: Float[Array, "p m s r"] | None
-    bias: Float[Array, "h s"] | None
+    bias: Float[Array, "h t"] | None
+    query: Int[Array, " n"] | None = None
     backward_only: bool = field(default=False, metadata={"static": True})
 
 
@@ -61,13 +64,24 @@ def positions(
     size: int,
     dtype: DTypeLike,
     *,
+    query: Int[Array, " n"] | None = None,
     backward_only: bool = False,
 ) -> Positions:
-    """Angles and biases of a batch of documents that are padded to `size` positions."""
+    """Angles and biases of a batch of documents that are padded to `size` positions.
+
+    Args:
+        config: Of the attention.
+        lengths: Tokens of each document.
+        size: S.
+        dtype: Of the model.
+        query: The one position of each document for which angles are wanted; default all.
+        backward_only: See `causal_attention`.
+    """
     c = config
-    cosine, sine = rotations(c.ropes, lengths, size) if c.ropes else (None, None)
+    turned = size if query is None else query[:, None]
+    cosine, sine = rotations(c.ropes, lengths, turned) if c.ropes else (None, None)
     bias = biases(c.alibi, c.heads, size, dtype) if c.alibi else None
-    return Positions(cosine, sine, bias, backward_only)
+    return Positions(cosine, sine, bias, query, backward_only)
 
 
 def each_layer(config: AttentionConfig, layers: int) -> Layer:
@@ -115,6 +129,13 @@ class Attention(nnx.Module):
             positions: Of the batch.
             layer: This layer's settings.
         """
+        query, key, value = self.vectors(h, positions, layer)
+        return self.output(self.mix(query, key, value, positions, layer))
+
+    def vectors(
+        self, h: Float[Array, "n s d"], positions: Positions, layer: Layer
+    ) -> tuple[Float[Array, "n s h f"], Float[Array, "n s k f"], Float[Array, "n s k f"]]:
+        """Query, key and value as they meet: projected, normed, clipped, rotated."""
         c = self.config
         query, key, value = self._project(h)
         query, key = self._normed(self.query_norm, query), self._normed(self.key_norm, key)
@@ -124,13 +145,24 @@ class Attention(nnx.Module):
             angles = positions.cosine[layer.rope], positions.sine[layer.rope]
             paired = c.ropes[0].interleaved
             query, key = (rotate(x, *angles, interleaved=paired) for x in (query, key))
+        return query, key, value
+
+    def mix(
+        self,
+        query: Float[Array, "n s h f"],
+        key: Float[Array, "n t k f"],
+        value: Float[Array, "n t k f"],
+        positions: Positions,
+        layer: Layer,
+    ) -> Float[Array, "n s o"]:
+        """What the output projection reads: every query's mean of the values that it sees."""
         mixed = attend(
             query, key, value, layer.scale, layer.window,
-            bias=positions.bias, softcap=c.softcap,
+            bias=positions.bias, softcap=self.config.softcap,
             sinks=None if self.sinks is None else self.sinks[...],
-            backward_only=positions.backward_only,
+            position=positions.query, backward_only=positions.backward_only,
         )  # fmt: skip
-        return self.output(mixed.reshape(*h.shape[:2], -1))
+        return mixed.reshape(*mixed.shape[:2], -1)
 
     def _project(self, h: Float[Array, "n s d"]) -> tuple[Array, Array, Array]:
         """Query, key and value, each [document, position, head, feature]."""
@@ -170,14 +202,15 @@ def _qk_norm(config: AttentionConfig, heads: int, dtype: DTypeLike) -> Norm | No
 
 def attend(
     query: Float[Array, "n s h d"],
-    key: Float[Array, "n s k d"],
-    value: Float[Array, "n s k d"],
+    key: Float[Array, "n t k d"],
+    value: Float[Array, "n t k d"],
     scale: Float[Array, ""],
     window: Int[Array, ""],
     *,
-    bias: Float[Array, "h s"] | None = None,
+    bias: Float[Array, "h t"] | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " h"] | None = None,
+    position: Int[Array, " n"] | None = None,
     backward_only: bool = False,
 ) -> Float[Array, "n s h d"]:
     """Causal softmax(scale · query keyᵀ + bias) value; the softmax at least in float32.
@@ -189,6 +222,7 @@ def attend(
         bias: Added to the logits.
         softcap: c in c · tanh(logit / c), before bias and mask.
         sinks: A logit of each head that every query sees, and whose value is nothing.
+        position: Where the one query of each document stands; default one query for each key.
         backward_only: See `causal_attention`.
     """
     n, s, heads, d = query.shape
@@ -205,5 +239,10 @@ def attend(
     )
     query = query.reshape(n, s, groups, heads // groups, d).transpose(0, 2, 3, 1, 4)
     key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))
-    mixed = causal_attention(query, key, value, terms, softcap=softcap, backward_only=backward_only)
+    if position is None:
+        mixed = causal_attention(
+            query, key, value, terms, softcap=softcap, backward_only=backward_only
+        )
+    else:
+        mixed = attention_at(query, key, value, terms, position, softcap=softcap)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(n, s, heads, d)

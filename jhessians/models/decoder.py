@@ -1,5 +1,7 @@
 """The decoder: embeddings, a scanned stack of blocks, a final norm, and a head."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -42,12 +44,18 @@ class Block(nnx.Module):
             positions: Of the batch.
             layer: This layer's entries of `Layer`.
         """
-        c, settings = self.config, Layer(*layer)
+        return self.around(h, lambda read: self.attention(read, positions, Layer(*layer)))
+
+    def around(
+        self, h: Float[Array, "n s d"], attention: Callable[[Array], Array]
+    ) -> Float[Array, "n s d"]:
+        """The block around its attention, a function of what the projections read."""
+        c = self.config
         if c.norm_placement == "sum":
-            h = apply(self.attention_norm, h + self.attention(h, positions, settings))
+            h = apply(self.attention_norm, h + attention(h))
             return apply(self.mlp_norm, h + self.mlp(h))
         read = apply(self.attention_norm, h)
-        attended = apply(self.attention_output_norm, self.attention(read, positions, settings))
+        attended = apply(self.attention_output_norm, attention(read))
         if c.residual == "sequential":
             h = h + _scaled(attended, c.residual_scale)
             read = apply(self.mlp_norm, h)
@@ -97,7 +105,7 @@ class Decoder(nnx.Module):
 
     def hidden(
         self, tokens: Int[Array, "n s"], lengths: Int[Array, " n"] | None = None
-    ) -> Float[Array, "n s d"]:
+    ) -> Float[Array, "n s e"]:
         """The normed residual stream, which the head reads.
 
         Args:
@@ -106,18 +114,38 @@ class Decoder(nnx.Module):
         """
         c = self.config
         n, s = tokens.shape
-        h = _scaled(self.embedding[...][tokens], c.embedding_scale)
-        if self.embedding_projection is not None:
-            h = self.embedding_projection(h)
-        if self.position_embedding is not None:
-            h = h + self.position_embedding[...][None, c.position_offset : c.position_offset + s]
-        h = apply(self.embedding_norm, h)
+        h = self.embed(tokens)
         if lengths is None:
             lengths = jnp.full((n,), s, jnp.int32)
         # A tape wants gradients alone; without one, any derivative may be wanted.
         recorded = self.layers.tape is not None
         where = positions(c.attention, lengths, s, h.dtype, backward_only=recorded)
         h = self.layers(h, where, each_layer=tuple(each_layer(c.attention, c.layers)))
+        return self.finish(h)
+
+    def embed(
+        self, tokens: Int[Array, "n s"], positions: Int[Array, "n s"] | None = None
+    ) -> Float[Array, "n s d"]:
+        """The residual stream before the first block.
+
+        Args:
+            tokens: Ids.
+            positions: Where they stand; default from 0 on.
+        """
+        c = self.config
+        h = _scaled(self.embedding[...][tokens], c.embedding_scale)
+        if self.embedding_projection is not None:
+            h = self.embedding_projection(h)
+        if self.position_embedding is not None:
+            table, first = self.position_embedding[...], c.position_offset
+            if positions is None:
+                h = h + table[None, first : first + tokens.shape[1]]
+            else:
+                h = h + table[first + positions]
+        return apply(self.embedding_norm, h)
+
+    def finish(self, h: Float[Array, "n s d"]) -> Float[Array, "n s e"]:
+        """What the head reads, from the residual stream after the last block."""
         h = apply(self.final_norm, h)
         return h if self.output_projection is None else self.output_projection(h)
 

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhessians.models.config import RopeConfig
-from jhessians.typing import Array, Float, Int
+from jhessians.typing import Array, Bool, Float, Int
 
 
 def rotations(
-    configs: Sequence[RopeConfig], lengths: Int[Array, " n"], positions: int
+    configs: Sequence[RopeConfig],
+    lengths: Int[Array, " n"],
+    positions: int | Int[Array, "n s"],
 ) -> tuple[Float[Array, "p m s r"], Float[Array, "p m s r"]]:
     """`rotation` of several kinds, stacked, and last of all the one that rotates nothing."""
     tables = [rotation(config, lengths, positions) for config in configs]
@@ -26,22 +28,39 @@ def rotations(
 
 
 def rotation(
-    config: RopeConfig, lengths: Int[Array, " n"], positions: int
+    config: RopeConfig, lengths: Int[Array, " n"], positions: int | Int[Array, "n s"]
 ) -> tuple[Float[Array, "m s r"], Float[Array, "m s r"]]:
     """Cosine and sine of every position's angles.
 
     Args:
         config: Kind and constants.
         lengths: Tokens of each document.
-        positions: S, the padded length.
+        positions: S, the padded length; or which positions are wanted, of each document.
 
     Returns:
         Two arrays [document or 1, position, dimensions / 2], float32.
     """
     frequencies = _frequencies(config, lengths)
-    angles = jnp.arange(positions, dtype=jnp.float32)[None, :, None] * frequencies[:, None, :]
+    if isinstance(positions, int):
+        numbers = jnp.arange(positions, dtype=jnp.float32)[None, :]
+    else:
+        numbers = positions.astype(jnp.float32)
+    angles = numbers[:, :, None] * frequencies[:, None, :]
     scale = jnp.float32(config.scale)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def depends_on_length(configs: Sequence[RopeConfig]) -> bool:
+    """Whether a document that grows may turn differently at the positions that it had before."""
+    return any(config.kind in ("dynamic", "longrope") for config in configs)
+
+
+def turns_differently(
+    configs: Sequence[RopeConfig], before: Int[Array, " n"], after: Int[Array, " n"]
+) -> Bool[Array, ""]:
+    """Whether any document's angles change when the documents' lengths do."""
+    changes = [(_frequencies(c, before) != _frequencies(c, after)).any() for c in configs]
+    return jnp.stack(changes).any()
 
 
 def rotate(

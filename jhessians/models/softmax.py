@@ -63,6 +63,29 @@ def causal_attention(
     return _forward(softcap, query, key, value, terms)[0]
 
 
+def attention_at(
+    query: Float[Array, "n g q 1 d"],
+    key: Float[Array, "n g t d"],
+    value: Float[Array, "n g t d"],
+    terms: Terms,
+    position: Int[Array, " n"],
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "n g q 1 d"]:
+    """`causal_attention` of one query of each document, which stands at `position`.
+
+    Args:
+        query: Of that position.
+        key, value: Of all positions; those after the query's are not seen.
+        terms: The rest.
+        position: Of each document's query.
+        softcap: See `causal_attention`.
+    """
+    back = position[:, None] - jnp.arange(key.shape[2], dtype=jnp.int32)[None]
+    logits, _ = _logits(softcap, query, key, terms, back[:, None, None, None])
+    return _mix(logits, value, terms)[0]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_own_backward(softcap, query, key, value, terms):
     return _forward(softcap, query, key, value, terms)[0]
@@ -71,19 +94,27 @@ def _with_own_backward(softcap, query, key, value, terms):
 def _forward(softcap, query, key, value, terms):
     outputs, normalizers = [], []
     for start, stop in _blocks(query.shape[3]):
-        logits, _ = _logits(softcap, query[..., start:stop, :], key, terms, start, stop)
-        most = logits.max(-1)
-        if terms.sinks is not None:
-            sinks = terms.sinks.astype(logits.dtype)[None, :, :, None]
-            most = jnp.maximum(most, sinks)
-        weights = jnp.exp(logits - most[..., None])
-        total = weights.sum(-1)
-        if terms.sinks is not None:
-            total += jnp.exp(sinks - most)
-        mixed = jnp.einsum("ngqst,ngtd->ngqsd", weights.astype(value.dtype), value[:, :, :stop])
-        outputs.append((mixed.astype(total.dtype) / total[..., None]).astype(value.dtype))
-        normalizers.append(most + jnp.log(total))
+        back = _back(start, stop)
+        logits, _ = _logits(softcap, query[..., start:stop, :], key[:, :, :stop], terms, back)
+        output, normalizer = _mix(logits, value[:, :, :stop], terms)
+        outputs.append(output)
+        normalizers.append(normalizer)
     return jnp.concatenate(outputs, 3), jnp.concatenate(normalizers, 3)
+
+
+def _mix(logits, value, terms):
+    """Values weighted by the softmax of `logits`, and the softmax's normalizers."""
+    most = logits.max(-1)
+    if terms.sinks is not None:
+        sinks = terms.sinks.astype(logits.dtype)[None, :, :, None]
+        most = jnp.maximum(most, sinks)
+    weights = jnp.exp(logits - most[..., None])
+    total = weights.sum(-1)
+    if terms.sinks is not None:
+        total += jnp.exp(sinks - most)
+    mixed = jnp.einsum("ngqst,ngtd->ngqsd", weights.astype(value.dtype), value)
+    output = (mixed.astype(total.dtype) / total[..., None]).astype(value.dtype)
+    return output, most + jnp.log(total)
 
 
 def _forward_rule(softcap, query, key, value, terms):
@@ -100,7 +131,7 @@ def _backward_rule(softcap, residuals, g):
     queries, keys, values = [], jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide)
     for start, stop in _blocks(query.shape[3]):
         block, g_block = query[..., start:stop, :], g[..., start:stop, :]
-        logits, slope = _logits(softcap, block, key, terms, start, stop)
+        logits, slope = _logits(softcap, block, key[:, :, :stop], terms, _back(start, stop))
         weights = jnp.exp(logits - normalizer[..., start:stop, None])
         narrow = weights.astype(value.dtype)
         values = values.at[:, :, :stop].add(jnp.einsum("ngqst,ngqsd->ngtd", narrow, g_block))
@@ -121,21 +152,28 @@ def _backward_rule(softcap, residuals, g):
 _with_own_backward.defvjp(_forward_rule, _backward_rule)
 
 
-def _logits(softcap, block, key, terms, start, stop):
-    """Logits of a block of queries, and their derivative by query · key."""
+def _logits(softcap, block, key, terms, back):
+    """Logits of a block of queries, and their derivative by query · key.
+
+    `back` says how many positions each key is before each query, [(document, 1, 1,) query, key].
+    """
     wide = at_least_float32(block.dtype)
-    products = jnp.einsum("ngqsd,ngtd->ngqst", block, key[:, :, :stop]).astype(wide)
+    products = jnp.einsum("ngqsd,ngtd->ngqst", block, key).astype(wide)
     scale = terms.scale.astype(wide)
     logits, slope = products * scale, scale
     if softcap is not None:
         share = jnp.tanh(logits / softcap)
         logits, slope = softcap * share, scale * (1 - share * share)
     if terms.bias is not None:
-        logits = logits + terms.bias.astype(wide)[None, :, :, None, :stop]
-    rows = jnp.arange(start, stop, dtype=jnp.int32)[:, None]
-    back = rows - jnp.arange(stop, dtype=jnp.int32)[None]
+        logits = logits + terms.bias.astype(wide)[None, :, :, None, : key.shape[2]]
     seen = (back >= 0) & (back < terms.window)
     return jnp.where(seen, logits, jnp.finfo(wide).min), slope
+
+
+def _back(start, stop):
+    """How many positions keys 0 to `stop` are before queries `start` to `stop`."""
+    rows = jnp.arange(start, stop, dtype=jnp.int32)[:, None]
+    return rows - jnp.arange(stop, dtype=jnp.int32)[None]
 
 
 def _blocks(positions: int) -> Iterator[tuple[int, int]]:

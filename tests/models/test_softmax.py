@@ -62,6 +62,25 @@ def test_blocks_give_the_formula(positions, window, backward_only):
     assert relative_error(found, formula(*vectors, 0.3, window, **settings)) < 1e-6
 
 
+@pytest.mark.parametrize("window", [9, 1000])
+def test_one_query_gives_its_row_of_the_formula(window):
+    """Each document's query stands elsewhere, and sees nothing of what stands behind it."""
+    (query, key, value), settings, _ = inputs(40, VARIANTS["all"])
+    at = np.array([3, 31])
+    here = np.take_along_axis(query, at[:, None, None, None], axis=1)
+
+    def found(position):
+        arrays = (jnp.asarray(x) for x in (here, key, value))
+        limits = jnp.float32(0.3), jnp.int32(window)
+        position = jnp.asarray(position, jnp.int32)
+        return np.asarray(attend(*arrays, *limits, position=position, **as_arrays(settings)))
+
+    whole = formula(query, key, value, 0.3, window, **settings)
+    expected = np.take_along_axis(whole, at[:, None, None, None], axis=1)
+    assert relative_error(found(at), expected) < 1e-6
+    assert relative_error(found(at + 1), expected) > 1e-2
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("window", [9, 1000])
 def test_its_own_backward_pass_is_the_derivative(variant, window):
