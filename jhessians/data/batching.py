@@ -119,7 +119,7 @@ def plan_batches(
     if longest > token_batch_size:
         raise DatasetError(
             f"document {int(lengths.argmax())} has {longest} tokens, more than the "
-            f"{token_batch_size} of a batch: use --truncation or a larger --token_batch_size"
+            f"{token_batch_size} of a batch: use `truncation` or a larger `token_batch_size`"
         )
     # A position beyond the model's last has no embedding, so rounding must not make one.
     cap = max(longest, min(token_batch_size, max_length or longest))

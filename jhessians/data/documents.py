@@ -86,7 +86,7 @@ def put_together(pieces: Iterator[Piece], max_tokens: int | None) -> Documents:
             is_full = count < len(within)
             if is_full and count == 0 and not kept:
                 raise DatasetError(
-                    f"--max_tokens {max_tokens} is less than the first document's "
+                    f"`max_tokens` {max_tokens} is less than the first document's "
                     f"{piece.lengths[0]} tokens: raise it"
                 )
             piece = _leading(piece, count)
@@ -102,7 +102,7 @@ def put_together(pieces: Iterator[Piece], max_tokens: int | None) -> Documents:
             break
     if not kept:  # only chunks can be absent: a split without rows is refused when it is opened
         raise DatasetError(
-            "the data set has fewer tokens than one chunk: give a smaller --chunk_length"
+            "the data set has fewer tokens than one chunk: give a smaller `chunk_length`"
         )
     whole = Piece(
         np.concatenate([piece.tokens for piece in kept]),

@@ -56,7 +56,7 @@ def open_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     if subset is not None and (is_saved or reader):
         raise ConfigError(
             f"subset {subset!r} names a configuration on the Hub, but {dataset!r} is a local "
-            "data set: leave --subset out"
+            "data set: leave `subset` out"
         )
     if reader is None and not path.is_dir():
         _refuse_other_files(dataset, path)
@@ -146,7 +146,12 @@ def one_line(error: BaseException) -> str:
 
 
 def require_column(rows: "Dataset", column: str, option: str) -> None:
-    """Check that `rows` has the column which the command-line option `option` names.
+    """Check that the data set has a column.
+
+    Args:
+        rows: The data set.
+        column: The column's name.
+        option: The field of `DataOptions` that named it.
 
     Raises:
         DatasetError: If it hasn't; lists the columns there are and the one probably meant.
@@ -157,7 +162,7 @@ def require_column(rows: "Dataset", column: str, option: str) -> None:
     near = difflib.get_close_matches(column, columns, n=1)
     raise DatasetError(
         f"the data set has no column {column!r}; it has {', '.join(map(repr, columns))}: "
-        + (f"did you mean --{option} {near[0]}?" if near else f"set --{option}")
+        + (f"did you mean `{option}` {near[0]}?" if near else f"set `{option}`")
     )
 
 

@@ -63,27 +63,27 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name in ("dataset", "split", "prompt_column"):
             if not getattr(self, name).strip():
-                raise ConfigError(f"--{name} is empty: give a name")
+                raise ConfigError(f"`{name}` is empty: give a name")
         if self.completion_column and self.conversation_column:
             raise ConfigError(
-                "--completion_column and --conversation_column exclude each other: "
+                "`completion_column` and `conversation_column` exclude each other: "
                 "a row is a prompt with a completion, or a conversation"
             )
         if self.chunk_length < 0 or self.chunk_length == 1:
             raise ConfigError(
-                f"--chunk_length is {self.chunk_length}: give 0 (no chunks) or at least 2 tokens"
+                f"`chunk_length` is {self.chunk_length}: give 0 (no chunks) or at least 2 tokens"
             )
         if self.chunk_length and self.truncation:
             raise ConfigError(
-                "--chunk_length and --truncation exclude each other: chunks have one length"
+                "`chunk_length` and `truncation` exclude each other: chunks have one length"
             )
         if self.chunk_length and (self.completion_column or self.conversation_column):
             raise ConfigError(
-                "--chunk_length takes plain text only: leave --completion_column and "
-                "--conversation_column out, or --chunk_length"
+                "`chunk_length` takes plain text only: leave `completion_column` and "
+                "`conversation_column` out, or `chunk_length`"
             )
         if self.max_tokens is not None and self.max_tokens < 2:
-            raise ConfigError(f"--max_tokens is {self.max_tokens}: give at least 2")
+            raise ConfigError(f"`max_tokens` is {self.max_tokens}: give at least 2")
 
 
 def load_documents(
@@ -105,8 +105,8 @@ def load_documents(
     """
     if options.chunk_length > max_length:
         raise ConfigError(
-            f"--chunk_length {options.chunk_length} exceeds {max_length}, the smaller one of the "
-            "model's positions and --token_batch_size: give shorter chunks"
+            f"`chunk_length` {options.chunk_length} exceeds {max_length}, the smaller one of the "
+            "model's positions and `token_batch_size`: give shorter chunks"
         )
     with quiet():
         documents = put_together(
@@ -126,8 +126,8 @@ def _pieces(
         eos = tokenizer.eos_token_id
         if eos is None:
             raise DatasetError(
-                "--chunk_length closes each document with the end-of-sequence token, but the "
-                "tokenizer has none: set its eos_token, or leave --chunk_length out"
+                "`chunk_length` closes each document with the end-of-sequence token, but the "
+                "tokenizer has none: set its eos_token, or leave `chunk_length` out"
             )
         if not 0 <= eos < vocab_size:
             raise DatasetError(
@@ -190,7 +190,7 @@ def _within_length(pieces: Iterator[Piece], max_length: int) -> Iterator[Piece]:
             raise DatasetError(
                 f"row {first_row + row} has {piece.lengths[row]} tokens, but {max_length} is the "
                 "longest allowed (the smaller one of the model's positions and "
-                "--token_batch_size): use --truncation, or a larger --token_batch_size if the "
+                "`token_batch_size`): use `truncation`, or a larger `token_batch_size` if the "
                 "model has the positions"
             )
         first_row += len(piece.lengths)
@@ -211,5 +211,5 @@ def _require_something_to_learn(documents: Documents, options: DataOptions) -> N
     if not is_target.any():
         raise DatasetError(
             f"no document of {options.dataset!r} has a token with a label: the completions are "
-            "empty, cut off by --truncation, or there is no message of the role 'assistant'"
+            "empty, cut off by `truncation`, or there is no message of the role 'assistant'"
         )

@@ -22,27 +22,27 @@ SMALLEST_SHARD = 128  # elements of a parameter per device, under which it is co
 LONGEST_AXIS = 8
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
-    """A mesh of the first `devices` devices of all hosts, by default of all.
+def make_mesh(world_size: int | None = None) -> Mesh:
+    """A mesh of the first `world_size` devices of all hosts, by default of all.
 
     Raises:
         MeshError: If there are fewer, or a host would be left without one.
     """
     available = jax.devices()
-    count = len(available) if devices is None else devices
+    count = len(available) if world_size is None else world_size
     if not 1 <= count <= len(available):
         hint = (
-            "; virtual ones come from XLA_FLAGS=--xla_force_host_platform_device_count=N"
+            "; virtual ones come from JAX_NUM_CPU_DEVICES=N in the environment"
             if jax.default_backend() == "cpu"
             else ""
         )
         raise MeshError(
-            f"--world_size asks for {count} devices, but JAX sees {len(available)} "
+            f"`world_size` asks for {count} devices, but JAX sees {len(available)} "
             f"({available[0].platform}); ask for 1 to {len(available)}{hint}"
         )
     if jax.process_count() > 1 and count != len(available):
         raise MeshError(
-            f"--world_size {count} would leave some of the {jax.process_count()} hosts idle; "
+            f"`world_size` {count} would leave some of the {jax.process_count()} hosts idle; "
             f"with several hosts use all {len(available)} devices"
         )
     shape = _axis_sizes(count)

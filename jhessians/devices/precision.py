@@ -24,7 +24,7 @@ class MatmulPrecision:
     """One way to multiply.
 
     Attributes:
-        name: As typed after `--matmul_precision`.
+        name: Ours, as `multiplying` takes it.
         jax: What `jax.default_matmul_precision` calls it.
         products: Products of short numbers for each one of float32; 0 where nothing is split.
         platforms: Where XLA does as it says. A CPU would take bf16, bf16_x3 and bf16_x6 too, but

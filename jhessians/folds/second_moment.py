@@ -159,7 +159,7 @@ def _check_fits(module: str, site: Site, normalizer: Normalizer) -> None:
     if site.ones and bias is None:
         raise CheckpointError(
             f"the normalizer of {module} has no second moment of the bias, which counts; read or "
-            "estimate normalizers with the bias, or leave out --include_bias"
+            "estimate normalizers with the bias, or leave the bias out (`include_bias`)"
         )
     if site.ones and bias is not None:
         expected, given = [*expected, (o,)], [*given, tuple(bias.shape)]

@@ -242,7 +242,7 @@ def _unfactored(
     if state is None:
         raise CheckpointError(
             f"{file} has no second moment of {parameter.name}; expected one of every linear: was "
-            "it frozen? leave its module out with --filter_modules"
+            "it frozen? leave its module out (`filter_modules`)"
         )
     quantised = state.get(_QUANTISED)
     if not isinstance(quantised, dict):
@@ -251,7 +251,7 @@ def _unfactored(
     if isinstance(moment, LazyTensor) and moment.dtype == np.uint8:
         raise CheckpointError(
             f"{file} is the state of an 8-bit optimizer (bitsandbytes), whose second moments are "
-            "codes; give one of 32 bits, or estimate from the data with --normalizer adam"
+            "codes; give one of 32 bits, or estimate them from the data (`normalizer` adam)"
         )
     return _read(file, parameter, quantised, "state2")
 

@@ -106,7 +106,7 @@ class RunDirectory:
         if not self.overwrite:
             raise OutputError(
                 f"{self.path} exists already; expected a new path; "
-                "pass --overwrite to replace it or choose another path"
+                "pass `overwrite` to replace it or choose another path"
             )
 
     def _is_ours(self, error: OSError) -> bool:

@@ -44,8 +44,8 @@ def eigendecompose(
     """
     if not np.isfinite(matrix).all():
         raise NumericsError(
-            f"{name} holds NaN or infinity; expected finite numbers: check the "
-            "weights, or use --precision fp32"
+            f"{name} holds NaN or infinity; expected finite numbers: check the weights, "
+            "or compute in float32 (`precision` fp32)"
         )
     symmetric = matrix.astype(np.float64)
     symmetric += matrix.T
