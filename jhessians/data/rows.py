@@ -1,7 +1,7 @@
 """Opening a data set: a file, a `save_to_disk` folder, or a name on the Hugging Face Hub.
 
 Host only. Everything goes through `datasets`, whose Arrow files are memory-mapped, so a data set
-larger than memory can be opened; whatever `datasets` raises becomes one line.
+larger than memory can be opened. Whatever exception it raises becomes an error of one line.
 """
 
 import difflib
@@ -83,7 +83,7 @@ def _no_rows(dataset: str, split: str) -> DatasetError:
 
 
 def _refuse_other_files(dataset: str, path: Path) -> None:
-    """Keep what can only be a file from being looked up on the Hub."""
+    """Refuse names that can only mean a file, instead of asking the Hub for them."""
     if path.exists():
         raise DatasetError(
             f"{dataset!r}: cannot tell the format of a file ending in {path.suffix!r}; "
@@ -175,7 +175,7 @@ def quiet() -> Iterator[None]:
     import datasets
     import huggingface_hub.utils as hub
 
-    # They stand for modules with the same three functions.
+    # Both modules have the same three functions.
     bars: list[Any] = [module for module in (datasets, hub) if not _bars_are_off(module)]
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]

@@ -1,8 +1,9 @@
-"""Data sets → documents of tokens and labels.
+"""Read a data set into documents of tokens and labels.
 
-What a run is to read (`DataOptions`, the meaning of each field as in bergson 2.5.1), and what comes
-of it (`Documents`). Opening is in `rows.py`, tokens and labels are in `tokenizing.py` and
-`answers.py`, putting pieces together is in `documents.py`; here they are chosen and checked.
+`DataOptions` says what to read, each field with the meaning that it has in bergson 2.5.1, and
+`load_documents` returns it as `Documents`. The steps are in other files: `rows.py` opens the data
+set, `tokenizing.py` and `answers.py` make tokens and labels, `documents.py` joins the pieces. This
+file chooses among them and checks what they return.
 """
 
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ class DataOptions:
     Attributes:
         dataset: A .json, .jsonl, .csv, .parquet or .txt file (one document per line), a folder
             written by `save_to_disk`, or a name on the Hugging Face Hub. One that has a column
-            `input_ids`, and perhaps `labels`, is taken as it is.
+            `input_ids`, and perhaps `labels`, is tokenised already, and these are used.
         split: A split, slices of splits, or a sum: `train[:10%]+test`.
         subset: The Hub's configuration name.
         prompt_column: Column of plain text, or of prompts if there is a completion column.
@@ -119,7 +120,7 @@ def load_documents(
 def _pieces(
     options: DataOptions, tokenizer: Tokenizer, max_length: int, vocab_size: int
 ) -> Iterator[Piece]:
-    """The data set's documents as the options want them, checked."""
+    """The documents that the options ask for, with every token and length checked."""
     rows = open_rows(options.dataset, split=options.split, subset=options.subset)
     if options.chunk_length:
         require_column(rows, options.prompt_column, "prompt_column")
@@ -183,6 +184,7 @@ def _within_vocabulary(pieces: Iterator[Piece], vocab_size: int) -> Iterator[Pie
 
 
 def _within_length(pieces: Iterator[Piece], max_length: int) -> Iterator[Piece]:
+    """Pass pieces on if no document is longer than `max_length`."""
     first_row = 0
     for piece in pieces:
         if (too_long := np.flatnonzero(piece.lengths > max_length)).size:

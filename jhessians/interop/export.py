@@ -51,13 +51,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a fit's results go, and in which form. Every process of a run has an equal one.
+    """The place and form of a fit's results. Every process of a run has an equal one.
 
     Attributes:
         root: The run directory.
-        documents: N, in the data set, short ones included.
-        total_processed: n, the terms in the sums over the data set: positions, unless the
-            method sums documents.
+        documents: N, the number of documents in the data set, short ones included.
+        total_processed: n, the number of terms in the sums over the data set: of positions,
+            unless the method sums over documents.
         layout: Which trees to write.
         shards: Files per factor.
         dtype: Number format of stored factors: "fp64", "fp32", "fp16" or "bf16".
@@ -86,13 +86,14 @@ class Destination:
         fresh: bool = True,
         last: bool = True,
     ) -> None:
-        """Write one kind of factor, where each tree wants it.
+        """Write one kind of factor into its folder in each tree.
 
         Args:
             kind: A key of `KINDS`.
             tensors: Module name → rows, scaled as bergson has it.
-            among, fresh: See `write_sharded`, for a kind that several calls write.
-            last: Whether this is the last of those.
+            among: If several calls write this kind, the shapes of all its modules.
+            fresh: Whether this is the first of these calls.
+            last: Whether this is the last of them.
 
         Raises:
             ValueError: If `kind` is unknown.
@@ -149,7 +150,7 @@ class Destination:
         _on_first_process(write, self.root)
 
     def write_processor(self, processor: GradientProcessor) -> None:
-        """Write autocorrelation Hessians: bergson's files, their older names, or both, linked.
+        """Write autocorrelation Hessians under the names of one tree, or hard-linked under both.
 
         Raises:
             OutputError: If the disk is full, read-only or not ours.
@@ -176,12 +177,12 @@ class Destination:
     ) -> None:
         """Write a whole factored Hessian: every kind given, then the small files.
 
-        The stages of a fit call `write_kind` and `write_totals` instead, as results come in.
+        A fit calls `write_kind` and `write_totals` instead, whenever a stage has a result.
 
         Args:
             factors: Kind (see `KINDS`) → module name → rows; kinds that a method lacks are left
                 out.
-            include_bias: See `write_totals`.
+            include_bias: Whether activations carry a column of ones for the bias.
 
         Raises:
             ValueError: If the kinds don't hold the same modules.

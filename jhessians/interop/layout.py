@@ -1,4 +1,4 @@
-"""Where each factor lies on disk, as data: folders, dtypes and row ranges.
+"""The layout of factors on disk, as tables: folders, number formats and ranges of rows.
 
 Two trees hold the same tensors: the one that bergson 2.5.1 reads, and the older one that the
 command `python -m bergson.hessians` of earlier versions wrote in a folder `influence_results`. A
@@ -31,7 +31,7 @@ OLDER_TOTAL_LAMBDA_FILE = "total_processed_lambda.pt"
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of factor, [rows, columns] or [values] per module.
+    """One kind of factor, of which every module has a matrix [rows, columns] or a vector.
 
     Attributes:
         folder: Its folder in bergson's tree.
@@ -68,8 +68,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "eigenvalue_correction_sharded",
             older_per_position=True,
         ),
-        # bergson indexes these by the eigenvalue grid's axes: the grid's columns are whole in
-        # every shard and its rows are not, so one factor is copied and the other is split.
+        # Each shard of the eigenvalues holds some rows and all columns of [out, in], and bergson
+        # reads the matching parts of these two: some of the first axis's, all of the second's.
         "activation_eigenvalues": Kind("factor_eig_a", replicated=True),
         "gradient_eigenvalues": Kind("factor_eig_g"),
     }
@@ -83,12 +83,12 @@ DTYPES: Mapping[str, tuple[str, np.dtype]] = MappingProxyType(
         "bf16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
     }
 )
-"""bergson's `hessian_dtype` → (safetensors' name, numpy's dtype)."""
+"""For each `hessian_dtype` of bergson, safetensors' name of it and numpy's dtype."""
 
 HESSIAN_CFG_KEYS = frozenset(
     {"method", "ev_correction", "hessian_dtype", "use_dataset_labels", "module_partitions"}
 )
-"""What bergson 2.5.1's `HessianConfig` knows; `method` is required."""
+"""The fields of bergson 2.5.1's `HessianConfig`, of which `method` is required."""
 
 INDEX_CFG_KEYS = frozenset(
     """run_path overwrite model precision revision distributed fsdp peft_init_kwargs
@@ -99,11 +99,11 @@ INDEX_CFG_KEYS = frozenset(
     split_attention_modules attention profile filter_modules force_math_sdp attribute_tokens
     modules""".split()
 )
-"""What bergson 2.5.1's `IndexConfig` knows; `run_path` is required."""
+"""The fields of bergson 2.5.1's `IndexConfig`, of which `run_path` is required."""
 
 
 def shard_bounds(dimension: int, shards: int, index: int) -> tuple[int, int]:
-    """Row range [start, stop) of one shard; shard 0 also takes the remainder.
+    """Row range [start, stop) of one shard; shard 0 also takes the rows that are left over.
 
     Args:
         dimension: Rows in all.

@@ -17,7 +17,7 @@ from jhessians.models.layers import at_least_float32
 from jhessians.models.noise import fold_in, gumbel, key_of
 from jhessians.typing import Array, Float, Int, Int32
 
-CHUNK_LOGITS = 1 << 22  # logits of a chunk: 16 MiB in float32, of which a few copies live at once
+CHUNK_LOGITS = 1 << 22  # logits of a chunk: 16 MiB in float32, of which a few copies exist at once
 NO_LABEL = -100
 
 
@@ -26,13 +26,14 @@ class NextTokenLoss:
     """The loss whose gradients the curvature is made of; `loss(model, batch)` sums over documents.
 
     Attributes:
-        labels: `dataset` for the empirical Fisher; `sampled` draws every label from the model's
-            own distribution, which gives the true Fisher in expectation. Only positions with a
-            data-set label get one either way.
+        labels: `dataset` takes the data set's labels, for the empirical Fisher; `sampled` draws
+            each from the model's own distribution, which gives the true Fisher in expectation, and
+            only at positions that have a label in the data set.
         reduction: `sum`; `mean`, which divides the gradient by the square root of the document's
             labelled positions, since a curvature is quadratic in it; or `mean_gradient`, which
             divides it by their number, where the gradient itself is wanted.
-        seed: Of the draws. A label depends on (seed, document, position) and on nothing else.
+        seed: Seed of the draws. A draw's random numbers depend on (seed, draw, document, position)
+            and on nothing else.
         draws: K, labels sampled per position from one forward pass. The loss is then a vector of
             K, over which statistics are averaged: the Fisher's variance falls as 1 / K.
         function: `cross_entropy`, or `log_odds`, -log(p / (1 - p)) of the label's probability
