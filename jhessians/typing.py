@@ -12,6 +12,6 @@ output.
 """
 
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, Shaped, UInt32
 
-__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int", "PyTree", "Shaped", "UInt32"]
+__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int", "Int32", "PyTree", "Shaped", "UInt32"]

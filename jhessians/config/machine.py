@@ -80,10 +80,10 @@ class OutputOptions:
     )
     layout: Layout = option(
         "both",
-        "File trees to write: bergson 2.5.1's, the older influence_results tree (seed), or "
+        "File trees to write: bergson 2.5.1's, the older one with a folder influence_results, or "
         "both with shared files.",
         group=OUTPUT,
-        choices=("both", "bergson", "seed"),
+        choices=("both", "bergson", "influence_results"),
     )
     profile: bool = option(
         False,

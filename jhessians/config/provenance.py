@@ -17,10 +17,12 @@ from typing import Any
 
 from jhessians.config.option import Option
 from jhessians.errors import ConfigError
+from jhessians.interop.layout import INFLUENCE_RESULTS
 from jhessians.version import __version__
 
 CONFIG_FILE = "config.yaml"
-SEED_CONFIG_FILE = "config.json"
+OLDER_CONFIG_FILE = "config.json"
+FORMER_LAYOUT = "seed"  # what version 0.1 called `--layout influence_results`
 
 
 def bergson_places(options: Sequence[Option], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,13 +78,10 @@ def read_options(path: str | Path) -> dict[str, Any]:
 
     path = Path(path)
     if path.is_dir():
-        # A run in the seed's layout alone has its options in config.json, which YAML reads too.
-        folder, path = path, path / CONFIG_FILE
-        path = (
-            path
-            if path.exists() or not (folder / SEED_CONFIG_FILE).exists()
-            else (folder / SEED_CONFIG_FILE)
-        )
+        # A run that wrote the older tree alone has its options in config.json, which is YAML too.
+        older = path / OLDER_CONFIG_FILE
+        path = path / CONFIG_FILE
+        path = older if older.exists() and not path.exists() else path
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -98,6 +97,8 @@ def read_options(path: str | Path) -> dict[str, Any]:
             f"{path} has no 'jhessians: compute:' part; "
             "give the config.yaml of a run that jhessians made"
         )
+    if options.get("layout") == FORMER_LAYOUT:
+        options = {**options, "layout": INFLUENCE_RESULTS}
     return options
 
 

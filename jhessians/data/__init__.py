@@ -1,4 +1,4 @@
-"""Text on disk or on the Hub → tokens, labels and batches, on the host.
+"""From text on disk or on the Hub to tokens, labels and batches; all of it on the host.
 
 `sources.py` reads a data set into documents, `batching.py` cuts them into batches of a few shapes.
 """

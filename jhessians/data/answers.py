@@ -1,9 +1,9 @@
-"""Where the assistant's words are: in the text of a conversation, and among its tokens.
+"""Find the assistant's answers in the text of a conversation and among its tokens.
 
-Host only. The targets are the tokens from the one that holds an answer's first character up to the
-last one that doesn't reach beyond its end. The end-of-turn token that a chat template writes
-after an answer is no target. All of this is as in bergson 2.5.1, wherever that finds the answer
-in the right place.
+Host only. The targets of an answer begin at the token that holds its first character and end at the
+last token that doesn't reach beyond its end. The end-of-turn token that a chat template writes
+after an answer is no target. bergson 2.5.1 labels the same tokens, except where its search finds
+the answer's text in a wrong place.
 """
 
 from collections.abc import Callable
@@ -39,6 +39,16 @@ class Tokenizer(Protocol):
 
 
 def check_messages(conversation: Any, where: str, has_template: bool) -> None:
+    """Check that a cell holds a conversation whose answers can be found.
+
+    Args:
+        conversation: What the cell holds.
+        where: Names the cell in an error.
+        has_template: Whether a chat template will write the conversation.
+
+    Raises:
+        DatasetError: If it isn't a list of messages, or a content that is needed is no text.
+    """
     if not isinstance(conversation, list) or not conversation:
         raise DatasetError(f"{where}: expected a list of messages, found {conversation!r:.50}")
     for message in conversation:
@@ -46,7 +56,7 @@ def check_messages(conversation: Any, where: str, has_template: bool) -> None:
             raise DatasetError(
                 f"{where}: expected messages with 'role' and 'content', found {message!r:.80}"
             )
-        # A template may cope with a user's message that is no text; only answers we must find.
+        # A template may accept contents other than text, but an answer must be found as text.
         needs_text = message["role"] == "assistant" or not has_template
         if needs_text and not isinstance(message.get("content"), str):
             raise DatasetError(
@@ -56,7 +66,7 @@ def check_messages(conversation: Any, where: str, has_template: bool) -> None:
 
 
 def join(conversation: list[Message], separator: str) -> tuple[str, list[Span]]:
-    """Contents one after the other, and where the assistant's are."""
+    """The contents joined by a separator, and the ranges of characters that are answers."""
     spans, position = [], 0
     for message in conversation:
         end = position + len(message["content"])
@@ -67,7 +77,11 @@ def join(conversation: list[Message], separator: str) -> tuple[str, list[Span]]:
 
 
 def render(tokenizer: Tokenizer, conversation: list[Message], where: str) -> tuple[str, list[Span]]:
-    """What the chat template writes, and where in it the assistant's contents are."""
+    """What the chat template writes, and the ranges of its characters that are answers.
+
+    Raises:
+        DatasetError: If the template refuses the conversation, or alters an answer.
+    """
 
     def template(messages: list[Message]) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
@@ -91,11 +105,14 @@ def _spans_by_placeholder(
     answers: list[str],
     text: str,
 ) -> list[Span] | None:
-    """Where the answers are, by what the template writes around a placeholder; None if it
-    writes something else then.
+    """Find the answers by letting the template write placeholders in their stead.
 
-    A search alone would take the `s` of `</s>` for an answer "s", and a later user's "yes" for
-    the assistant's.
+    What stands between the placeholders is the template's own text, which tells where each answer
+    begins. A search alone would take the `s` of `</s>` for an answer "s", and a later user's "yes"
+    for the assistant's.
+
+    Returns:
+        Ranges of characters; None if the template writes other text around placeholders.
     """
     marked = [
         message | {"content": _PLACEHOLDER} if message["role"] == "assistant" else message
@@ -103,7 +120,7 @@ def _spans_by_placeholder(
     ]
     try:
         between = template(marked).split(_PLACEHOLDER)
-    except Exception:  # a template that looks into the answers; the search will do
+    except Exception:  # this template looks into the answers: leave it to the search
         return None
     if len(between) != len(answers) + 1:
         return None
@@ -117,7 +134,7 @@ def _spans_by_placeholder(
 
 
 def _spans_by_search(answers: list[str], text: str, where: str) -> list[Span]:
-    """Where the answers are, looked for from the end backwards, each before the next one."""
+    """Search the answers' texts from the end backwards, each one before the one found last."""
     spans: list[Span] = []
     limit = len(text)
     for answer in reversed(answers):
@@ -135,7 +152,13 @@ def _spans_by_search(answers: list[str], text: str, where: str) -> list[Span]:
 def label_spans(
     tokens: Int64[np.ndarray, " token"], offsets: list[Span], spans: list[Span]
 ) -> Int64[np.ndarray, " token"]:
-    """The tokens of the spans, -100 elsewhere."""
+    """Labels of a document: its tokens within the answers, -100 elsewhere.
+
+    Args:
+        tokens: The document's.
+        offsets: Each token's range of characters, as the tokenizer gives it.
+        spans: The answers' ranges of characters.
+    """
     labels = np.full_like(tokens, IGNORED)
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
     for start, end in spans:

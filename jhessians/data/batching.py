@@ -1,8 +1,8 @@
-"""Documents → batches of a few fixed shapes.
+"""Documents into batches of a few fixed shapes.
 
-Each shape costs a compilation, each padded position is lost work. `plan_batches` sorts documents
-into at most `max_shapes` buckets by length and gives every bucket one shape (rows, length), so that
-the number of compilations is bounded however large the data set is.
+XLA compiles once for every shape, and computes padded positions for nothing. `plan_batches` sorts
+documents by length into at most `max_shapes` buckets and gives every bucket one shape (rows,
+length), so that the number of compilations is bounded however large the data set is.
 
 Layout of a batch: [document, position], padded on the right.
 """
@@ -18,23 +18,23 @@ from jhessians.data.documents import IGNORED, Documents
 from jhessians.errors import DatasetError
 
 LENGTH_MULTIPLE = 8
-"""Bucket lengths are multiples of it, which suits the sublanes of a TPU and SIMD units."""
+"""Bucket lengths are multiples of this, which suits the sublanes of a TPU and SIMD units."""
 
 MAX_CANDIDATES = 500
-"""Bucket boundaries are chosen among at most so many lengths, which bounds the search's time."""
+"""Boundaries of buckets are chosen among at most this many lengths, to bound the search's time."""
 
 MOST_SHAPES = 24
-"""With so many, texts of natural lengths waste less than a tenth; see `plan_batches`."""
+"""With this many shapes less than a tenth of the work on natural texts is padding."""
 
 SHAPE_COST = 8192
-"""A compilation takes about as long as this many positions, so a shape must save more than them.
+"""One more shape must save more computed positions than this: compiling it takes as long.
 
-Measured on two CPU cores, a 20M-parameter model: 2 s, in which it computes 2,200 positions; smaller
-models compute more meanwhile, larger ones compile longer."""
+Measured on two CPU cores with a model of 20M parameters: a compilation takes 2 s, the time of 2,200
+positions. Smaller models compute more positions in that time, and larger ones compile longer."""
 
 
 class Batch(NamedTuple):
-    """Documents of one shape; a JAX pytree.
+    """Documents padded to one length; a JAX pytree.
 
     Attributes:
         tokens: Ids; 0 where padded.
@@ -90,20 +90,20 @@ def plan_batches(
 ) -> BatchPlan:
     """Sort documents into buckets of one shape each, with the least padding.
 
-    Bucket boundaries minimise the computed positions exactly (dynamic programming over the
-    distinct rounded lengths), so what padding is left can only be had by more shapes: 20,000 texts
-    of lognormal length (spread 1, median 150, cut at 2048) keep 0.21 with 8 shapes, 0.11 with 16,
-    0.08 with 24. Of fewer texts a compilation costs more than the padding: 10,000 keep 0.08 as
-    well, but 1,000 keep 0.21 in 8 shapes and 300 keep 0.29 in 5. The result depends on the
-    arguments only.
+    The boundaries between buckets are the best ones there are (dynamic programming over the
+    distinct rounded lengths), so only more shapes could save more padding. Of 20,000 texts of
+    lognormal length (spread 1, median 150, cut at 2048), the share of padding is 0.21 with 8
+    shapes, 0.11 with 16 and 0.08 with 24. Fewer texts get fewer shapes, since compiling one more
+    would take longer than computing the padding: 10,000 texts have 0.08 too, but 1,000 have 0.21,
+    in 8 shapes, and 300 have 0.29, in 5. The result depends on the arguments only.
 
     Args:
         lengths: Tokens of each document.
         token_batch_size: Positions that one device computes at once, at most.
         devices: Rows of a batch are a multiple of it.
         max_shapes: Most shapes allowed.
-        max_length: Most positions the model has, up to which lengths may be rounded;
-            by default the longest document's.
+        max_length: How many positions the model has. Lengths are rounded up, but not beyond this;
+            by default not beyond the longest document.
 
     Raises:
         DatasetError: If a document has more than `token_batch_size` tokens, or none has two.
@@ -119,7 +119,7 @@ def plan_batches(
     if longest > token_batch_size:
         raise DatasetError(
             f"document {int(lengths.argmax())} has {longest} tokens, more than the "
-            f"{token_batch_size} of a batch: use --truncation or a larger --token_batch_size"
+            f"{token_batch_size} of a batch: use `truncation` or a larger `token_batch_size`"
         )
     # A position beyond the model's last has no embedding, so rounding must not make one.
     cap = max(longest, min(token_batch_size, max_length or longest))
@@ -169,10 +169,14 @@ def _bucket_lengths(
     """The buckets' lengths, ascending, that minimise computed positions.
 
     Args:
-        distinct: The documents' rounded lengths, ascending.
-        counts: Documents of each.
+        distinct: The rounded lengths that documents have, ascending.
+        counts: How many documents have each of them.
+        token_batch_size: See `plan_batches`, as for the following arguments.
+        devices: Rows of a batch are a multiple of it.
+        max_shapes: Most buckets allowed.
 
-    Let cost[k][j] be the least for the documents up to candidate length j in k buckets. Then
+    Let cost[k][j] be the fewest computed positions of the documents up to the j-th candidate
+    length, in k buckets. Then
     cost[k][j] = min over i < j of cost[k - 1][i] + (documents between i and j in one bucket).
     """
     if len(distinct) > MAX_CANDIDATES:
@@ -209,7 +213,7 @@ def _bucket_lengths(
 def iterate_batches(
     documents: Documents, plan: BatchPlan, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """The plan's batches in order, of each only one process's contiguous share of rows.
+    """The plan's batches in order; of each batch, the rows that one process computes.
 
     Args:
         documents: The documents that the plan was made for.

@@ -1,6 +1,6 @@
-"""Documents as flat arrays: in pieces while they are read, then as a whole.
+"""Documents as flat arrays of tokens: in pieces while they are read, then joined.
 
-Host only. No Python integer per token is ever kept.
+Host only. Tokens are kept in arrays, never as Python integers, which take ten times the memory.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from jaxtyping import Int32, Int64
 from jhessians.errors import DatasetError
 
 IGNORED = -100
-"""The label of a token that is no target."""
+"""The label of a token that the loss leaves out."""
 
 
 class Piece(NamedTuple):
-    """Consecutive documents, one after the other in flat arrays.
+    """Some consecutive documents, one after the other in flat arrays.
 
-    `labels` is None where every token is a target. Still int64: ids are checked before they
-    are narrowed.
+    `labels` is None where every token is a target. Ids are int64 here and become int32 only after
+    a check, so that a wrong one can't become a right one by losing its upper bits.
     """
 
     tokens: Int64[np.ndarray, " token"]
@@ -32,13 +32,14 @@ class Piece(NamedTuple):
 class Documents:
     """All documents of a run, one after the other.
 
-    Documents under two tokens are among them: they count in a run's number of documents although
-    no pass sees them.
+    Documents of fewer than two tokens are included. They have no next token to predict, so no pass
+    computes anything from them, but they count in the number of documents that statistics are
+    divided by.
 
     Attributes:
         tokens: Ids, each in [0, vocabulary).
-        labels: As in Hugging Face (unshifted; -100 where there is no loss); None if every token
-            is its own label.
+        labels: For each token the id that should be predicted at its place, as in Hugging Face
+            (not shifted; -100 where there is no loss). None if that is every token itself.
         offsets: Document i is `tokens[offsets[i] : offsets[i + 1]]`.
     """
 
@@ -75,7 +76,16 @@ class Documents:
 
 
 def put_together(pieces: Iterator[Piece], max_tokens: int | None) -> Documents:
-    """One flat array each; the leading documents within `max_tokens`, repeated up to it."""
+    """Join the pieces, up to `max_tokens`.
+
+    Args:
+        pieces: In the data set's order; read only as far as needed.
+        max_tokens: If given, keep the leading documents whose tokens together stay within it, and
+            repeat them if they are fewer.
+
+    Raises:
+        DatasetError: If not even the first document is within `max_tokens`, or no piece comes.
+    """
     kept: list[Piece] = []
     total = 0
     is_full = False
@@ -86,7 +96,7 @@ def put_together(pieces: Iterator[Piece], max_tokens: int | None) -> Documents:
             is_full = count < len(within)
             if is_full and count == 0 and not kept:
                 raise DatasetError(
-                    f"--max_tokens {max_tokens} is less than the first document's "
+                    f"`max_tokens` {max_tokens} is less than the first document's "
                     f"{piece.lengths[0]} tokens: raise it"
                 )
             piece = _leading(piece, count)
@@ -102,7 +112,7 @@ def put_together(pieces: Iterator[Piece], max_tokens: int | None) -> Documents:
             break
     if not kept:  # only chunks can be absent: a split without rows is refused when it is opened
         raise DatasetError(
-            "the data set has fewer tokens than one chunk: give a smaller --chunk_length"
+            "the data set has fewer tokens than one chunk: give a smaller `chunk_length`"
         )
     whole = Piece(
         np.concatenate([piece.tokens for piece in kept]),
@@ -118,14 +128,14 @@ def put_together(pieces: Iterator[Piece], max_tokens: int | None) -> Documents:
 
 
 def _leading(piece: Piece, count: int) -> Piece:
-    """Its first `count` documents."""
+    """The first `count` documents of a piece."""
     end = int(piece.lengths[:count].sum())
     labels = None if piece.labels is None else piece.labels[:end]
     return Piece(piece.tokens[:end], labels, piece.lengths[:count])
 
 
 def _repeated(piece: Piece, max_tokens: int) -> Piece:
-    """Whole rounds over the documents, then leading ones, within `max_tokens` tokens."""
+    """All documents as often as they fit into `max_tokens`, then as many leading ones as fit."""
     rounds, left = divmod(max_tokens, len(piece.tokens))
     last = _leading(piece, int(np.searchsorted(np.cumsum(piece.lengths), left, side="right")))
     tokens, labels, lengths = (

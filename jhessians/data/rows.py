@@ -1,7 +1,7 @@
 """Opening a data set: a file, a `save_to_disk` folder, or a name on the Hugging Face Hub.
 
 Host only. Everything goes through `datasets`, whose Arrow files are memory-mapped, so a data set
-larger than memory can be opened; whatever `datasets` raises becomes one line.
+larger than memory can be opened. Whatever exception it raises becomes an error of one line.
 """
 
 import difflib
@@ -56,7 +56,7 @@ def open_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     if subset is not None and (is_saved or reader):
         raise ConfigError(
             f"subset {subset!r} names a configuration on the Hub, but {dataset!r} is a local "
-            "data set: leave --subset out"
+            "data set: leave `subset` out"
         )
     if reader is None and not path.is_dir():
         _refuse_other_files(dataset, path)
@@ -83,7 +83,7 @@ def _no_rows(dataset: str, split: str) -> DatasetError:
 
 
 def _refuse_other_files(dataset: str, path: Path) -> None:
-    """Keep what can only be a file from being looked up on the Hub."""
+    """Refuse names that can only mean a file, instead of asking the Hub for them."""
     if path.exists():
         raise DatasetError(
             f"{dataset!r}: cannot tell the format of a file ending in {path.suffix!r}; "
@@ -146,7 +146,12 @@ def one_line(error: BaseException) -> str:
 
 
 def require_column(rows: "Dataset", column: str, option: str) -> None:
-    """Check that `rows` has the column which the command-line option `option` names.
+    """Check that the data set has a column.
+
+    Args:
+        rows: The data set.
+        column: The column's name.
+        option: The field of `DataOptions` that named it.
 
     Raises:
         DatasetError: If it hasn't; lists the columns there are and the one probably meant.
@@ -157,7 +162,7 @@ def require_column(rows: "Dataset", column: str, option: str) -> None:
     near = difflib.get_close_matches(column, columns, n=1)
     raise DatasetError(
         f"the data set has no column {column!r}; it has {', '.join(map(repr, columns))}: "
-        + (f"did you mean --{option} {near[0]}?" if near else f"set --{option}")
+        + (f"did you mean `{option}` {near[0]}?" if near else f"set `{option}`")
     )
 
 
@@ -170,7 +175,7 @@ def quiet() -> Iterator[None]:
     import datasets
     import huggingface_hub.utils as hub
 
-    # They stand for modules with the same three functions.
+    # Both modules have the same three functions.
     bars: list[Any] = [module for module in (datasets, hub) if not _bars_are_off(module)]
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]

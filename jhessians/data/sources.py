@@ -1,8 +1,9 @@
-"""Data sets → documents of tokens and labels.
+"""Read a data set into documents of tokens and labels.
 
-What a run is to read (`DataOptions`, the meaning of each field as in bergson 2.5.1), and what comes
-of it (`Documents`). Opening is in `rows.py`, tokens and labels are in `tokenizing.py` and
-`answers.py`, putting pieces together is in `documents.py`; here they are chosen and checked.
+`DataOptions` says what to read, each field with the meaning that it has in bergson 2.5.1, and
+`load_documents` returns it as `Documents`. The steps are in other files: `rows.py` opens the data
+set, `tokenizing.py` and `answers.py` make tokens and labels, `documents.py` joins the pieces. This
+file chooses among them and checks what they return.
 """
 
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ class DataOptions:
     Attributes:
         dataset: A .json, .jsonl, .csv, .parquet or .txt file (one document per line), a folder
             written by `save_to_disk`, or a name on the Hugging Face Hub. One that has a column
-            `input_ids`, and perhaps `labels`, is taken as it is.
+            `input_ids`, and perhaps `labels`, is tokenised already, and these are used.
         split: A split, slices of splits, or a sum: `train[:10%]+test`.
         subset: The Hub's configuration name.
         prompt_column: Column of plain text, or of prompts if there is a completion column.
@@ -63,27 +64,27 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name in ("dataset", "split", "prompt_column"):
             if not getattr(self, name).strip():
-                raise ConfigError(f"--{name} is empty: give a name")
+                raise ConfigError(f"`{name}` is empty: give a name")
         if self.completion_column and self.conversation_column:
             raise ConfigError(
-                "--completion_column and --conversation_column exclude each other: "
+                "`completion_column` and `conversation_column` exclude each other: "
                 "a row is a prompt with a completion, or a conversation"
             )
         if self.chunk_length < 0 or self.chunk_length == 1:
             raise ConfigError(
-                f"--chunk_length is {self.chunk_length}: give 0 (no chunks) or at least 2 tokens"
+                f"`chunk_length` is {self.chunk_length}: give 0 (no chunks) or at least 2 tokens"
             )
         if self.chunk_length and self.truncation:
             raise ConfigError(
-                "--chunk_length and --truncation exclude each other: chunks have one length"
+                "`chunk_length` and `truncation` exclude each other: chunks have one length"
             )
         if self.chunk_length and (self.completion_column or self.conversation_column):
             raise ConfigError(
-                "--chunk_length takes plain text only: leave --completion_column and "
-                "--conversation_column out, or --chunk_length"
+                "`chunk_length` takes plain text only: leave `completion_column` and "
+                "`conversation_column` out, or `chunk_length`"
             )
         if self.max_tokens is not None and self.max_tokens < 2:
-            raise ConfigError(f"--max_tokens is {self.max_tokens}: give at least 2")
+            raise ConfigError(f"`max_tokens` is {self.max_tokens}: give at least 2")
 
 
 def load_documents(
@@ -105,8 +106,8 @@ def load_documents(
     """
     if options.chunk_length > max_length:
         raise ConfigError(
-            f"--chunk_length {options.chunk_length} exceeds {max_length}, the smaller one of the "
-            "model's positions and --token_batch_size: give shorter chunks"
+            f"`chunk_length` {options.chunk_length} exceeds {max_length}, the smaller one of the "
+            "model's positions and `token_batch_size`: give shorter chunks"
         )
     with quiet():
         documents = put_together(
@@ -119,15 +120,15 @@ def load_documents(
 def _pieces(
     options: DataOptions, tokenizer: Tokenizer, max_length: int, vocab_size: int
 ) -> Iterator[Piece]:
-    """The data set's documents as the options want them, checked."""
+    """The documents that the options ask for, with every token and length checked."""
     rows = open_rows(options.dataset, split=options.split, subset=options.subset)
     if options.chunk_length:
         require_column(rows, options.prompt_column, "prompt_column")
         eos = tokenizer.eos_token_id
         if eos is None:
             raise DatasetError(
-                "--chunk_length closes each document with the end-of-sequence token, but the "
-                "tokenizer has none: set its eos_token, or leave --chunk_length out"
+                "`chunk_length` closes each document with the end-of-sequence token, but the "
+                "tokenizer has none: set its eos_token, or leave `chunk_length` out"
             )
         if not 0 <= eos < vocab_size:
             raise DatasetError(
@@ -183,6 +184,7 @@ def _within_vocabulary(pieces: Iterator[Piece], vocab_size: int) -> Iterator[Pie
 
 
 def _within_length(pieces: Iterator[Piece], max_length: int) -> Iterator[Piece]:
+    """Pass pieces on if no document is longer than `max_length`."""
     first_row = 0
     for piece in pieces:
         if (too_long := np.flatnonzero(piece.lengths > max_length)).size:
@@ -190,7 +192,7 @@ def _within_length(pieces: Iterator[Piece], max_length: int) -> Iterator[Piece]:
             raise DatasetError(
                 f"row {first_row + row} has {piece.lengths[row]} tokens, but {max_length} is the "
                 "longest allowed (the smaller one of the model's positions and "
-                "--token_batch_size): use --truncation, or a larger --token_batch_size if the "
+                "`token_batch_size`): use `truncation`, or a larger `token_batch_size` if the "
                 "model has the positions"
             )
         first_row += len(piece.lengths)
@@ -211,5 +213,5 @@ def _require_something_to_learn(documents: Documents, options: DataOptions) -> N
     if not is_target.any():
         raise DatasetError(
             f"no document of {options.dataset!r} has a token with a label: the completions are "
-            "empty, cut off by --truncation, or there is no message of the role 'assistant'"
+            "empty, cut off by `truncation`, or there is no message of the role 'assistant'"
         )

@@ -1,14 +1,14 @@
-"""Rows of a data set → tokens and labels, a thousand rows at a time.
+"""Tokens and labels of a data set's rows, a thousand rows at a time.
 
 Host only; no process is forked, so `TOKENIZERS_PARALLELISM` needs no setting.
 
 Labels are Hugging Face's: `labels[t]` is token t itself where it is a target, and -100 where it
-is not. Plain text needs none (every token is a target). With a completion or a conversation
-column, the assistant's words are the targets (`answers.py`).
+is not. Plain text has no labels, since every token of it is a target. With a completion or a
+conversation column, only the assistant's words are targets (`answers.py`).
 
-A tokenizer *without a chat template* gets the prompt and the completion simply written one after
-the other (the messages of a conversation: their contents, a newline between them; the roles
-are not written), with the tokenizer's own special tokens around the whole.
+For a tokenizer *without a chat template*, prompt and completion are written one after the other,
+and so are the contents of a conversation's messages, with a newline between them and without their
+roles. The tokenizer adds its special tokens around the whole.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,7 +53,7 @@ def _texts(cells: list[Any], column: str, first_row: int) -> list[str]:
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], first_row: int, **options: Any) -> Any:
-    """`tokenizer(texts)`; its bare exceptions become one line."""
+    """`tokenizer(texts)`, with whatever exception it raises as an error of one line."""
     try:
         return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)
     except Exception as error:  # the tokenizers library raises plain `Exception`
@@ -64,7 +64,7 @@ def _encode(tokenizer: Tokenizer, texts: list[str], first_row: int, **options: A
 
 
 def _truncation(max_length: int | None) -> dict[str, Any]:
-    # By the tokenizer rather than by cutting, because it keeps a closing special token.
+    # The tokenizer does the cutting: it keeps a special token that closes the document.
     return {"truncation": max_length is not None, "max_length": max_length}
 
 

@@ -1,4 +1,4 @@
-"""Several hosts: how they join, agree, fail together and bring an array to all of them."""
+"""Several hosts: they join, check that they agree, fail together, and share arrays."""
 
 import hashlib
 import os
@@ -17,8 +17,8 @@ from jhessians.typing import Array
 def start_hosts() -> None:
     """Join the other hosts of this run, if the environment names a coordinator.
 
-    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say where, of how
-    many, and which one this is; on TPU pods and under SLURM the address alone is enough.
+    JAX_COORDINATOR_ADDRESS (host:port) names the coordinator, JAX_NUM_PROCESSES the number of
+    processes, and JAX_PROCESS_ID this one's; on TPU pods and under SLURM the address is enough.
 
     Raises:
         MeshError: If they make no sense, or the others don't come within five minutes.
@@ -27,7 +27,7 @@ def start_hosts() -> None:
     if not address or jax.distributed.is_initialized():
         return
     count, index = (_whole_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-    # Its handler of SIGTERM would take the place of ours, and end nothing.
+    # Its handler of SIGTERM would replace ours, and not end the run.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(address, count, index)
@@ -48,11 +48,11 @@ def _whole_number(name: str) -> int | None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What fails on one host in the block fails on all, so that none waits for it for ever.
+    """Let an error that one host raises in the block end it on every host, so that none waits.
 
     Raises:
-        UserError: On the hosts that did not fail: of the kind, and with the message, of the first
-            one that did.
+        UserError: On the hosts that did not fail, with the kind and the message of the first
+            error.
     """
     failure: Exception | None = None
     try:
@@ -73,7 +73,7 @@ def require_same(what: str, *values: Any) -> None:
     """Check that all hosts have equal values, before they set out to compute together.
 
     Args:
-        what: For the message, in the plural.
+        what: Names the values in the message, in the plural.
         values: Arrays, or objects whose `repr` tells them apart.
 
     Raises:
@@ -92,7 +92,7 @@ def require_same(what: str, *values: Any) -> None:
 
 
 def _everyones(line: str, length: int = 1024) -> list[str]:
-    """The line of every process, cut at `length` bytes."""
+    """Exchange one line: every process's, each cut at `length` bytes."""
     from jax.experimental import multihost_utils
 
     buffer = np.zeros(length, np.uint8)
@@ -103,7 +103,12 @@ def _everyones(line: str, length: int = 1024) -> list[str]:
 
 
 def fetch(array: Array, index: Callable[[Array], Array] = lambda x: x) -> np.ndarray:
-    """Bring `index(array)` to every host as numpy."""
+    """Bring an array, or a part of it, to every host as numpy; all hosts call this.
+
+    Args:
+        array: May be spread over devices and hosts.
+        index: Takes the part that is wanted, by default all.
+    """
     part = index(in_host_memory(array))
     if isinstance(part, jax.Array) and not part.is_fully_addressable:
         from jax.experimental import multihost_utils

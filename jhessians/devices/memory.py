@@ -10,11 +10,12 @@ import numpy as np
 
 
 def free_memory() -> int:
-    """Bytes that are free on each device: the fewest of all hosts, which so decide alike."""
+    """Bytes that are free on each device: the least over all hosts, so that all decide alike."""
     return fewest_of_hosts(_free_on_device())
 
 
 def fewest_of_hosts(count: int) -> int:
+    """The smallest of all hosts' numbers, to seven digits."""
     if jax.process_count() == 1:
         return count
     from jax.experimental import multihost_utils
@@ -48,7 +49,7 @@ def free_on_host() -> int:
 def return_freed_memory() -> None:
     """Give back to the system what is free in the C library's heap, where that is glibc's.
 
-    Of what a compilation takes much stays there, in pieces: 300 MB for a small model, a quarter of
+    After a compilation much freed memory stays in that heap: 300 MB for a small model, a quarter of
     the process's largest size.
     """
     with suppress(OSError, AttributeError):

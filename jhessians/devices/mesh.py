@@ -1,8 +1,8 @@
 """Devices: the mesh, how arrays lie on it, and how a host's data gets there.
 
-One set of devices serves three purposes at once: documents are spread over it, rows of statistics
-are sharded over it, and with `fsdp` so are the model's parameters. All of its axes always act
-together; there are several only so that each collective runs over a short one.
+The same devices share three things: each computes some of the documents, keeps some rows of every
+statistic, and with `fsdp` keeps a part of every parameter of the model. Nothing uses one axis of
+the mesh alone; it has several only so that each collective operation runs over a short one.
 """
 
 import math
@@ -22,27 +22,27 @@ SMALLEST_SHARD = 128  # elements of a parameter per device, under which it is co
 LONGEST_AXIS = 8
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
-    """A mesh of the first `devices` devices of all hosts, by default of all.
+def make_mesh(world_size: int | None = None) -> Mesh:
+    """A mesh of the first `world_size` devices of all hosts, by default of all.
 
     Raises:
         MeshError: If there are fewer, or a host would be left without one.
     """
     available = jax.devices()
-    count = len(available) if devices is None else devices
+    count = len(available) if world_size is None else world_size
     if not 1 <= count <= len(available):
         hint = (
-            "; virtual ones come from XLA_FLAGS=--xla_force_host_platform_device_count=N"
+            "; virtual ones come from JAX_NUM_CPU_DEVICES=N in the environment"
             if jax.default_backend() == "cpu"
             else ""
         )
         raise MeshError(
-            f"--world_size asks for {count} devices, but JAX sees {len(available)} "
+            f"`world_size` asks for {count} devices, but JAX sees {len(available)} "
             f"({available[0].platform}); ask for 1 to {len(available)}{hint}"
         )
     if jax.process_count() > 1 and count != len(available):
         raise MeshError(
-            f"--world_size {count} would leave some of the {jax.process_count()} hosts idle; "
+            f"`world_size` {count} would leave some of the {jax.process_count()} hosts idle; "
             f"with several hosts use all {len(available)} devices"
         )
     shape = _axis_sizes(count)
@@ -71,8 +71,9 @@ def axis_names(mesh: Mesh) -> tuple[str, ...]:
 def mark_sharded(model: nnx.Module, mesh: Mesh, *, stacked: bool = False) -> None:
     """Note in each parameter's metadata along which axis `fsdp` shards it.
 
-    The axis is counted from the end, so that it holds with and without a stack's layer axis: the
-    longer of a matrix's two that the devices divide. Vectors and small matrices stay whole.
+    That is the longer one of a matrix's two axes, or the other if the devices don't divide it.
+    Vectors and small matrices stay whole. The axis is counted from the end, so that the same number
+    is right with and without a stack's layer axis in front.
 
     Args:
         model: Arrays or shapes.
@@ -106,7 +107,7 @@ def parameter_specs(state: nnx.State, mesh: Mesh) -> PyTree[P]:
 def put_batches(batches: PyTree[np.ndarray], mesh: Mesh | None) -> PyTree[Array]:
     """Spread this host's rows of stacked batches [batch, document, ...] over its devices.
 
-    Together they are the global batches. Without a mesh they are left as they are.
+    The rows of all hosts together make the global batches. Without a mesh nothing is done.
     """
     if mesh is None:
         return batches
@@ -117,9 +118,9 @@ def put_batches(batches: PyTree[np.ndarray], mesh: Mesh | None) -> PyTree[Array]
 
 
 def in_host_memory(array: Array) -> Any:
-    """The array, as numpy where it lies in the host's memory anyway, in one piece.
+    """The array as numpy, without a copy, if it is one piece in the host's memory already.
 
-    So what is cut out of it is a view, and nothing is compiled to cut it out.
+    A slice of it is then a view, and XLA compiles nothing to make one.
     """
     if isinstance(array, jax.Array) and array.is_fully_addressable and len(array.devices()) == 1:
         (device,) = array.devices()

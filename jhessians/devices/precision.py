@@ -2,10 +2,10 @@
 
 Matrix units multiply short numbers fast: bfloat16 has 8 significant bits, TF32 11, float32 24. A
 float32 number is the sum of three bfloat16 parts, or nearly that of two TF32 parts; a product of
-float32 matrices is then a sum of products of parts, of which the smallest are left out. Sums are
-in float32 throughout. `examples/benchmarks/precision.py` measures what each one errs by.
+float32 matrices is then a sum of products of parts, without the smallest ones. All sums are in
+float32. `examples/benchmarks/precision.py` measures the error of each way.
 
-Names follow `jax.lax.DotAlgorithmPreset`, which says to XLA what is wanted.
+Names follow `jax.lax.DotAlgorithmPreset`, by which XLA is told.
 """
 
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ HIGHEST = "highest"
 
 @dataclass(frozen=True)
 class MatmulPrecision:
-    """One way to multiply.
+    """One way to multiply matrices.
 
     Attributes:
-        name: As typed after `--matmul_precision`.
-        jax: What `jax.default_matmul_precision` calls it.
-        products: Products of short numbers for each one of float32; 0 where nothing is split.
-        platforms: Where XLA does as it says. A CPU would take bf16, bf16_x3 and bf16_x6 too, but
-            multiplies in float32 all the same.
+        name: What `multiplying` is given.
+        jax: Its name in `jax.default_matmul_precision`.
+        products: How many products of short numbers replace one of float32; 0 if none do.
+        platforms: Where XLA multiplies this way. On a CPU it accepts bf16, bf16_x3 and bf16_x6 as
+            well, but multiplies in float32 all the same.
     """
 
     name: str
@@ -56,7 +56,7 @@ def multiplying(name: str, mesh: Any = None) -> Iterator[None]:
     """Let the products that are traced inside be made in this precision.
 
     Args:
-        name: Of `MATMUL_PRECISIONS`.
+        name: A key of `MATMUL_PRECISIONS`.
         mesh: The devices that will multiply; default JAX's first one.
 
     Raises:
@@ -65,7 +65,7 @@ def multiplying(name: str, mesh: Any = None) -> Iterator[None]:
     import jax
 
     devices = jax.devices() if mesh is None else list(mesh.devices.flat)
-    # Another host's can't be asked.
+    # A device of another host can't be asked what it supports.
     ours = [each for each in devices if each.process_index == jax.process_index()]
     require_supported(name, (ours or devices)[0])
     with jax.default_matmul_precision(MATMUL_PRECISIONS[name].jax):

@@ -25,11 +25,11 @@ class EigenvalueCorrection:
     A linear that a model calls twice on one document counts as two documents here, where its
     gradients should be added before they are squared; no decoder of ours does that.
 
-    Operands of a site: `activation`, its Q_A (kept once per shared input), and `gradient`, Q_S;
-    columns are eigenvectors.
+    A site's operands are `activation`, its Q_A, which sites with the same input share, and
+    `gradient`, its Q_S. Columns are eigenvectors.
 
     Attributes:
-        dtype: In which to rotate and accumulate.
+        dtype: Number format of the rotations and of the running sum.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -47,14 +47,14 @@ class EigenvalueCorrection:
     ) -> PyTree[Array]:
         q_a = context.gather_rows(operands["activation"], site.inputs)
         q_s = context.gather_rows(operands["gradient"], site.out_features)
-        # Only a needs masks: most of them cost nothing there, where a was just computed again.
+        # Masking one of the two is enough. XLA merges most masks of `a` into recomputing it.
         a = masked(with_ones(a, site), context).astype(self.dtype)
         g = g.astype(self.dtype)
         positions = a.shape[1]
 
-        # Rotate the positions' vectors, or form the document's gradient first and rotate that,
-        # whichever is less arithmetic: S·I² against O·I², and S·O² against O²·I. Where it is the
-        # same, vectors: one large product instead of a small one for each document.
+        # Either rotate the positions' vectors, or form the document's gradient and rotate that,
+        # whichever is less arithmetic: S·I² against O·I², and S·O² against O²·I. If both are the
+        # same, rotating vectors is faster: one large product instead of one for each document.
         vectors_first_a = positions <= site.out_features
         vectors_first_g = positions <= site.inputs
         if vectors_first_a:

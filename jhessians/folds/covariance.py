@@ -24,7 +24,7 @@ class Covariance:
     """Sums of outer products, packed (`jhessians.linalg.symmetric`).
 
     Attributes:
-        dtype: In which to accumulate.
+        dtype: Number format of the running sums.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -63,14 +63,14 @@ class Covariance:
 
 
 def two_digits(count: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "2"]:
-    """A count in base 256: sums of its digits stay exact where sums of it would round at 2**24."""
+    """A count as two digits to the base 256, of which float32 can add more without rounding."""
     return jnp.stack([count // 256, count % 256]).astype(dtype)
 
 
 def routed_terms(statistics: Statistics) -> dict[str, np.ndarray]:
-    """How many positions, or documents, were summed for each expert, [member], by site.
+    """How many positions, or documents, each expert read, [member], by site.
 
-    Sites that aren't experts have no entry.
+    Sites without experts are left out.
     """
     return {
         name: np.round(fetch(sums["terms"])[:, :2]).astype(np.int64) @ np.array([256, 1])
@@ -81,7 +81,7 @@ def routed_terms(statistics: Statistics) -> dict[str, np.ndarray]:
 
 @runtime_checkable
 class FactorFold(Fold, Protocol):
-    """A fold whose sums are one matrix per side of every linear, packed.
+    """A fold that sums two packed matrices for every linear: one of its inputs, one of gradients.
 
     Attributes:
         shares_inputs: Whether linears that read the same array have the same activation matrix.
@@ -92,12 +92,12 @@ class FactorFold(Fold, Protocol):
     unit: str
 
     def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
-        """The factors, from sums over the whole data set."""
+        """Turn the sums over the whole data set into the factors."""
         ...
 
 
 def factor_shapes(site: Site, dtype: DTypeLike) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
-    """Packed [I', I'], where the site keeps its input's, and packed [O, O]."""
+    """Shapes of a site's packed [O, O] and, unless another site keeps that, packed [I', I']."""
 
     def packed(d: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in packed_shapes(d))
@@ -107,7 +107,7 @@ def factor_shapes(site: Site, dtype: DTypeLike) -> dict[str, tuple[jax.ShapeDtyp
 
 
 def divide_activation_by_trace(sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
-    """Statistics whose activation matrices have trace one (or are zero)."""
+    """Divide every activation matrix by its trace; those that are zero stay zero."""
 
     def scaled(site: Site, factors: dict[str, Any]) -> dict[str, Any]:
         trace = packed_trace(factors["activation"], site.inputs)

@@ -1,8 +1,9 @@
-"""Autocorrelation Hessians: the Gram Σ_n row_nᵀ row_n of documents' (or tokens') gradient rows.
+"""Autocorrelation Hessians: the Gram matrix Σ_n row_nᵀ row_n of documents' gradients as rows.
 
-Divided by the number of documents (or of tokens) it is the mean outer product of a module's
-gradient, after a normalizer and a random projection (`jhessians.folds.rows`): TRAK's kernel, Park
-et al. 2023, arXiv:2303.14186; TrackStar's, Chang et al. 2024, arXiv:2410.17413.
+A row is a module's gradient on one document (or one token), normalised and projected as
+`jhessians.folds.rows` says. Divided by their number, the sum is the mean outer product of a row
+with itself: the kernel of TRAK (Park et al. 2023, arXiv:2303.14186) and of TrackStar (Chang et al.
+2024, arXiv:2410.17413).
 """
 
 from collections.abc import Mapping
@@ -21,10 +22,10 @@ from jhessians.typing import Array, Float, PyTree, UInt32
 
 @dataclass(frozen=True)
 class Gram:
-    """One Gram per module, or per head of those that are split: [heads · d, d].
+    """One Gram matrix per module, or one per head of a module that is split: [heads · d, d].
 
     Attributes:
-        rows: How rows are made; operands are as it says.
+        rows: Makes the rows; a site's operands are those that it asks for.
     """
 
     rows: GradientRows
@@ -57,7 +58,7 @@ class Gram:
             return _gram(self.rows.of_unit(u, v, factor, keys))
         d = jax.eval_shape(self.rows.of_unit, u, v, factor, keys).shape[-1]
 
-        # The rows of one document at a time: those of all tokens may be large.
+        # One document at a time: the rows of all documents' tokens may not fit in memory.
         def add(total: Array, document: tuple[Array, Array]) -> tuple[Array, None]:
             one_u, one_v = document
             rows = self.rows.of_unit(one_u[None], one_v[None], factor, keys)
@@ -68,10 +69,10 @@ class Gram:
 
 @dataclass(frozen=True)
 class JointGram:
-    """One Gram [p, p] for all modules, whose projections are summed into one row per document.
+    """One Gram matrix [p, p] for all modules together, whose projections add up to one row.
 
     Attributes:
-        rows: How rows are made; its projection is of the global target.
+        rows: Makes each module's share of the rows; must have a projection.
     """
 
     rows: GradientRows

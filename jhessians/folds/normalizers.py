@@ -2,8 +2,8 @@
 
 G: [out, in], a document's (or a token's) weight gradient; its bias gradient is [out]. With the
 bias counted, G has one more column, last. Every field and every result may have leading axes,
-such as the layers of a stack. Types: computed at least in float32, applied in the type of what is
-scaled, as torch bergson does.
+such as the layers of a stack. Divisors are computed in float32 or wider, and the scaled gradient
+keeps its own number format, as in torch bergson.
 
 A normalizer divides by root mean squares:
 
@@ -43,7 +43,7 @@ class AdamNormalizer:
 
     Attributes:
         weight_avg_sq: v, [out, in].
-        bias_avg_sq: b, [out]; None if biases are not scaled (nor may they be counted then).
+        bias_avg_sq: b, [out]; None if biases are not scaled, and then they can't be counted.
     """
 
     weight_avg_sq: Float[Array | np.ndarray, "*layers o i"]
@@ -62,7 +62,7 @@ class AdamNormalizer:
         return jnp.sqrt(_wide(_required(self.bias_avg_sq))) + ADAM_EPSILON
 
     def denominator(self, *, include_bias: bool) -> Float[Array, "*layers o j"]:
-        """What a whole gradient is divided by: with `include_bias`, the bias's column is last."""
+        """What a whole gradient is divided by; the last column is the bias's, if included."""
         weight = self.weight_denominator()
         if not include_bias:
             return weight
@@ -71,10 +71,10 @@ class AdamNormalizer:
     def normalize(
         self, gradient: Float[Array, "*rows o j"], *, include_bias: bool = False
     ) -> Float[Array, "*rows o j"]:
-        """Gradients, formed, divided by their root mean squares.
+        """Divide whole gradients by their root mean squares.
 
         Args:
-            gradient: Any leading axes; the bias's column last where it counts.
+            gradient: With any leading axes, and with the bias as the last column if that counts.
             include_bias: Whether there is such a column.
         """
         denominator = _aligned(self.denominator(include_bias=include_bias), gradient)
@@ -90,7 +90,7 @@ class AdamNormalizer:
         )
 
     def to_adafactor(self) -> "AdafactorNormalizer":
-        """Its closest rank-one normalizer (in generalised Kullback-Leibler divergence)."""
+        """The closest normalizer of rank one, in generalised Kullback-Leibler divergence."""
         v = _wide(self.weight_avg_sq)
         return AdafactorNormalizer(v.mean(axis=-1), v.mean(axis=-2), self.bias_avg_sq)
 
@@ -103,7 +103,7 @@ class AdafactorNormalizer:
     Attributes:
         row: r, [out]: the mean of v over the inputs.
         col: c, [in]: the mean of v over the outputs.
-        bias_avg_sq: b, [out]; None if biases are not scaled (nor may they be counted then).
+        bias_avg_sq: b, [out]; None if biases are not scaled, and then they can't be counted.
     """
 
     row: Float[Array | np.ndarray, "*layers o"]
@@ -130,10 +130,10 @@ class AdafactorNormalizer:
     def normalize(
         self, gradient: Float[Array, "*rows o j"], *, include_bias: bool = False
     ) -> Float[Array, "*rows o j"]:
-        """Gradients, formed, scaled by row and by column; the same as scaling g and a before.
+        """Scale whole gradients by row and by column, which equals scaling g and a beforehand.
 
         Args:
-            gradient: Any leading axes; the bias's column last where it counts.
+            gradient: With any leading axes, and with the bias as the last column if that counts.
             include_bias: Whether there is such a column.
         """
         factor = self.g_factor()[..., :, None], self.a_factor()[..., None, :]
@@ -157,7 +157,7 @@ class AdafactorNormalizer:
         )
 
     def to_adam(self) -> AdamNormalizer:
-        """The dense normalizer with the same second moments, without the ε."""
+        """The dense normalizer with these second moments, to which no ε has been added."""
         r, c = _wide(self.row), _wide(self.col)
         v = r[..., :, None] * c[..., None, :] / r.mean(axis=-1)[..., None, None]
         return AdamNormalizer(v, self.bias_avg_sq)
@@ -167,7 +167,7 @@ Normalizer = AdamNormalizer | AdafactorNormalizer
 
 
 def _wide(x: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
-    """`x` at least in float32, of any array type."""
+    """`x` as a jax array in float32 or wider."""
     return jnp.asarray(x, _at_least_float32(x.dtype))
 
 

@@ -1,14 +1,18 @@
 """A document's or a token's gradient as a row: scaled by a normalizer, projected, flattened.
 
 G = Σ g aᵀ over a document's positions, [out, in], with the bias's column last where it counts.
-Its row is vec(L G Rᵀ), [p · p], where L [p, out] and R [p, in] are matrices of the module's name
-(`jhessians.linalg.projection`); or vec(G) without a projection; or, for the global target, the
-module's share of one row of p numbers to which all modules add. Adam scales entries of G, which is
-formed first; Adafactor scales g and a.
+There are three kinds of rows:
 
-A module may be split into attention heads: slices of g, each with matrices of its own name
-"<module>.head_<h>". As in torch bergson, the heads of a module share its right matrix, unless
-there is a bias's column or an Adam normalizer.
+- vec(L G Rᵀ), [p · p], where L [p, out] and R [p, in] are random matrices that follow from the
+  module's name (`jhessians.linalg.projection`);
+- vec(G), without a projection;
+- a share of one row of p numbers to which all modules add, for the global target.
+
+Adam's normalizer scales every entry of G, which must be formed first; Adafactor's scales g and a.
+
+A module may be split into attention heads, which are slices of g. The random matrices of a head
+follow from the name "<module>.head_<h>". As in torch bergson, the heads of a module share its right
+matrix, unless the bias counts or there is an Adam normalizer.
 """
 
 from collections.abc import Mapping
@@ -26,16 +30,16 @@ from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Nor
 from jhessians.linalg.projection import Projection, Role, project_global
 from jhessians.typing import Array, DTypeLike, Float, UInt32
 
-TOKENS_AT_ONCE = 16  # of which Adam's dense scaling is computed together
+TOKENS_AT_ONCE = 16  # whose gradients exist together where Adam scales every entry
 
 
 class Factors(NamedTuple):
-    """Scaled gradients as sums of outer products over `t`, and what multiplies their entries.
+    """Gradients as sums over `t` of outer products u vᵀ, and factors for their entries.
 
     Attributes:
-        u: [head, document, position, t, out], out those of a head.
+        u: [head, document, position, t, out], where `out` counts one head's outputs.
         v: [document, position, t, in].
-        factor: [head, out, in], or None for ones.
+        factor: [head, out, in]; None if no entry is scaled.
     """
 
     u: Float[Array, "h n s t o"]
@@ -45,14 +49,16 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class GradientRows:
-    """How rows are made. Operands of a site: `operands`' `keys`, and perhaps a `normalizer`.
+    """How rows are made.
+
+    A site's operands are `keys`, those of its random matrices, and perhaps a `normalizer`.
 
     Attributes:
         projection: The random matrices; None for whole gradients.
         tokens: Whether a row is a position's gradient instead of a document's.
         split: Names of the sites that are split into heads.
         heads: How many heads each of them has.
-        dtype: In which to compute.
+        dtype: Number format of the computation.
     """
 
     projection: Projection | None = None
@@ -62,6 +68,7 @@ class GradientRows:
     dtype: DTypeLike = jnp.float32
 
     def head_count(self, site: Site) -> int:
+        """Heads that a site is split into, 1 if it is not."""
         return self.heads if site.name in self.split else 1
 
     def unit_names(self, site: Site, module: str) -> list[str]:
@@ -71,7 +78,7 @@ class GradientRows:
         return [f"{module}.head_{head}" for head in range(self.heads)]
 
     def unit_size(self, site: Site) -> int:
-        """Numbers in a row."""
+        """How many numbers a row has."""
         if self.projection is None:
             return site.out_features // self.head_count(site) * site.inputs
         return self.projection.dimension**2
@@ -79,7 +86,7 @@ class GradientRows:
     def matrix_keys(
         self, site: Site, module: str, normalizer: Normalizer | None
     ) -> UInt32[np.ndarray, "k 2"]:
-        """Keys of a module's matrices: of every head its left one, then its right one."""
+        """Keys of a module's matrices: for each head, the left one's and the right one's."""
         assert self.projection is not None
         shares_right = not site.ones and not isinstance(normalizer, AdamNormalizer)
         roles: list[tuple[str, Role]] = []
@@ -88,7 +95,7 @@ class GradientRows:
         return np.stack([self.projection.key(*role) for role in roles])
 
     def global_keys(self, site: Site, module: str) -> UInt32[np.ndarray, "k 2"]:
-        """Keys of a module's part of the global matrix: of every head, of all blocks."""
+        """Keys of a module's part of the global matrix: for each head, those of all its blocks."""
         assert self.projection is not None
         columns = site.out_features // self.head_count(site) * site.inputs
         units = self.unit_names(site, module)
@@ -102,7 +109,7 @@ class GradientRows:
         operands: Mapping[str, Any],
         context: Context,
     ) -> Factors:
-        """A site's gradients, scaled, of every head (a module that isn't split is one)."""
+        """A site's scaled gradients by head; a module that isn't split is one head."""
         heads = self.head_count(site)
         a = a.astype(self.dtype)
         g = masked(g, context).astype(self.dtype)  # a need not be masked as well
@@ -133,8 +140,8 @@ class GradientRows:
         """Rows of one head, or of a module that isn't split.
 
         Args:
-            u, v, factor: That head's `Factors`.
-            keys: Of its left and its right matrix; None without a projection.
+            u, v, factor: One head's entries of `Factors`.
+            keys: Those of its left and its right matrix; None without a projection.
 
         Returns:
             [document, d], or [document, position, d] with `tokens`.
@@ -175,7 +182,7 @@ class GradientRows:
     def unit_keys(
         self, site: Site, operands: Mapping[str, Any], context: Context, count: int
     ) -> UInt32[Array, "h k 2"] | None:
-        """The keys among a site's operands, `count` for each head."""
+        """A site's keys, `count` for each head; None without a projection."""
         if self.projection is None:
             return None
         heads = self.head_count(site)
@@ -206,5 +213,5 @@ class GradientRows:
 def _outer(
     u: Float[Array, "n s t o"], v: Float[Array, "n s t i"], *, tokens: bool
 ) -> Float[Array, "n *s o i"]:
-    """Σ u vᵀ over terms, and over positions unless these are rows."""
+    """Σ u vᵀ over terms, and with `tokens` for each position, otherwise over positions too."""
     return jnp.einsum("nsto,nsti->nsoi" if tokens else "nsto,nsti->noi", u, v)

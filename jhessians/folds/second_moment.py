@@ -1,10 +1,10 @@
 """Second moments of the documents' gradients, from which normalizers are made.
 
-v = Σ_n G_n² / n_docs, elementwise, where G_n = Σ g aᵀ over the positions of document n that
-count. So the unit is one document's gradient, of the loss as it is (summed over labelled positions,
-unless that is reduced otherwise), and v is its mean square over the *whole* data set, documents
-too short to have a gradient included. An optimizer's own `exp_avg_sq` is a moving average of the
-squared gradient of a batch's mean loss; it has another scale, the same for all weights up to noise.
+v = Σ_n G_n² / n_docs, elementwise, where G_n = Σ g aᵀ over the positions of document n that count.
+That is the mean square of one document's gradient. The document's loss is reduced as the loss says
+(by default summed over labelled positions), and documents too short to have a gradient count as
+zeros. An optimizer's own `exp_avg_sq` is a moving average of the squared gradient of a batch's mean
+loss; it differs from v by one factor for all weights, and by noise.
 
 Adafactor keeps only the means of v over inputs, r [out], and over outputs, c [in].
 """
@@ -32,8 +32,9 @@ class SecondMoment:
     """Sums over documents of squared gradients.
 
     Attributes:
-        factored: Keep sums over columns and over rows, as Adafactor, not one sum per weight.
-        dtype: In which to multiply and accumulate.
+        factored: Whether to keep means over rows and over columns, as Adafactor does, instead of
+            one sum per weight.
+        dtype: Number format of the products and the running sums.
     """
 
     factored: bool = False
@@ -79,12 +80,12 @@ class SecondMoment:
     def finish(
         self, sites: Mapping[str, Site], statistics: Statistics, *, documents: int
     ) -> dict[str, Normalizer]:
-        """The normalizers, from sums over the whole data set.
+        """Turn sums over the whole data set into normalizers.
 
         Args:
             sites: The linears.
-            statistics: The sums; on a mesh, every host calls this.
-            documents: How many there are.
+            statistics: The sums; with several hosts, all of them call this.
+            documents: How many documents the data set has.
 
         Returns:
             Module's full name → its normalizer, as numpy on the host, without padded rows.
@@ -108,11 +109,11 @@ class SecondMoment:
 def stack_normalizers(
     sites: Mapping[str, Site], normalizers: Mapping[str, Normalizer]
 ) -> dict[str, Normalizer]:
-    """Normalizers of modules as those of sites, which a fold can take as operands.
+    """Stack the modules' normalizers as the sites stack their layers, to be a fold's operands.
 
     Args:
         sites: The linears.
-        normalizers: Module's full name → normalizer; others than the sites' are left out.
+        normalizers: Module's full name → normalizer; those of other modules are ignored.
 
     Returns:
         Site's name → normalizer, whose arrays have a leading member axis in stacks.
@@ -131,7 +132,7 @@ def stack_normalizers(
                     f"there is no normalizer for {module}; expected one for every module{known}"
                 )
             _check_fits(module, site, normalizers[module])
-            # A second moment of a bias that doesn't count would be an operand without a use.
+            # Without the bias, its second moment would be an operand that nothing uses.
             entry = normalizers[module]
             entries.append(entry if site.ones else type(entry)(*_weights(entry)))
         if len({type(entry) for entry in entries}) > 1:
@@ -159,7 +160,7 @@ def _check_fits(module: str, site: Site, normalizer: Normalizer) -> None:
     if site.ones and bias is None:
         raise CheckpointError(
             f"the normalizer of {module} has no second moment of the bias, which counts; read or "
-            "estimate normalizers with the bias, or leave out --include_bias"
+            "estimate normalizers with the bias, or leave the bias out (`include_bias`)"
         )
     if site.ones and bias is not None:
         expected, given = [*expected, (o,)], [*given, tuple(bias.shape)]

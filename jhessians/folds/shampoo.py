@@ -26,10 +26,10 @@ from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 @dataclass(frozen=True)
 class Shampoo:
-    """Second moments of documents' gradients from the left and from the right.
+    """Sums over documents of G_nᵀ G_n and of G_n G_nᵀ.
 
     Attributes:
-        dtype: In which to accumulate.
+        dtype: Number format of the running sums.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -61,8 +61,8 @@ def _second_moment(
 ) -> tuple[Array, ...]:
     """Σ_n (y_nᵀ x_n)ᵀ (y_nᵀ x_n), packed [d, d].
 
-    Through the positions' Gram y yᵀ [s, s] where that is smaller than the gradient [e, d], which
-    then never exists: xᵀ (y yᵀ) x.
+    With fewer positions than features it is computed as xᵀ (y yᵀ) x, through the positions' Gram
+    matrix y yᵀ [s, s], so that the gradient y_nᵀ x_n [e, d] is never formed.
     """
     d = x.shape[-1]
     if x.shape[1] < y.shape[-1]:

@@ -1,7 +1,7 @@
 """Trace-restricted KFAC: A = Σ tr(S_n) A_n and S = Σ tr(A_n) S_n over documents n.
 
 Gao et al. 2020, arXiv:2011.10741, whose factors are F ≈ A ⊗ S / δ with δ = Σ tr(A_n) tr(S_n), the
-trace of either sum. bergson leaves the division by δ undone, and so do we unless asked.
+trace of either sum. bergson doesn't divide by δ, and neither do we unless `normalize` asks for it.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 @dataclass(frozen=True)
 class TraceCovariance:
-    """Covariances of each document, weighted by the trace of the other side's.
+    """Each document's two covariances, weighted by the trace of the other one.
 
     Attributes:
-        dtype: In which to accumulate.
+        dtype: Number format of the running sums.
         normalize: Whether A is divided by δ at the end.
     """
 

@@ -1,12 +1,12 @@
 """A pickle reader that runs nothing: it knows tensors, containers, numbers and strings.
 
-A torch file describes its tensors with a pickle, which is a program for a stack machine. This
-module is such a machine with the dangerous half left out: what a name means is for
-`_torch_records` to say, and it knows no name that does anything; an instruction that is not in
-`_INSTRUCTIONS` ends the reading.
+A torch file describes its tensors with a pickle, which is a program for a stack machine and could
+run any code. This module is such a machine without the dangerous instructions: `_torch_records`
+says which names are admitted, none of which does anything but describe data, and an instruction
+that is not in `_INSTRUCTIONS` ends the reading with an error.
 
-Time and memory are linear in the program, whose length and number of instructions are bounded;
-so are the depth of the result and its size once shared parts are written out.
+Time and memory are linear in the length of the program. That length is bounded, and so are the
+number of instructions, the depth of the result, and its size with shared parts written out.
 
 References:
     CPython `Lib/pickletools.py` (instruction set).
@@ -40,13 +40,13 @@ _ADVICE = "; save a plain state_dict of tensors with torch.save"
 
 
 def admitted_key(key: Any) -> Any:
-    """`key` if it may be a dict key in a torch file.
+    """Return a dict's key, if a torch file may hold it.
 
     Raises:
         RefusedPickleError: It is no scalar, an integer beyond 64 bits, or a very long string.
     """
-    # Scalars only, and short: hashing nested tuples, or comparing long strings, again and again
-    # can take for ever.
+    # Only short scalars: a file could make us hash nested tuples, or compare long strings, so often
+    # that reading takes for ever.
     need(key is None or type(key) in (str, int, float, bool), "a dict key is {}", key)
     need(type(key) is not int or -(2**63) <= key < 2**63, "a dict key is {}", key)
     need(type(key) is not str or len(key) <= _MAX_KEY_CHARACTERS, "the dict key {} is long", key)
@@ -125,8 +125,8 @@ class _Machine:
         self.push(REBUILD[name.name](arguments))
 
     def build(self) -> None:
-        # state_dict() hangs `_metadata` on its OrderedDict so; attributes are not part of the
-        # value, so they are dropped unseen.
+        # BUILD sets attributes, such as `_metadata` of a state_dict's OrderedDict. They are no part
+        # of the value and are dropped unseen.
         self.pop()
         self.top(OrderedDict)
 
@@ -246,8 +246,8 @@ def run(program: bytes, start: int = 0) -> tuple[Any, int, dict[str, StorageReco
 def finish(value: Any, tensor: Callable[[TensorRecord], Any]) -> Any:
     """Copy the value of `run`, replacing each tensor record, and admit only plain data.
 
-    Parts that the pickle shares stay shared, so work is linear in the pickle; yet their size
-    written out is bounded, for whoever walks the result would otherwise never come back.
+    Parts that the pickle shares stay shared, so the work is linear in the pickle. The size with all
+    of them written out is bounded as well, or a caller that walks the result might never finish.
 
     Args:
         value: From `run`.

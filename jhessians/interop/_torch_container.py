@@ -1,4 +1,4 @@
-"""Where a torch file keeps its pickle and its storages: the zip format and the one before it.
+"""Find the pickle and the storages in a torch file, of the zip format or the legacy one.
 
 Zip (torch 1.6 and later): one folder with `data.pkl`, `byteorder` and `data/KEY` per storage,
 all members stored uncompressed, so a storage is a range of the file. Legacy: five pickles in a
@@ -39,9 +39,9 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class TorchContainer:
-    """A torch file's value, still with `TensorRecord`s, and where its storages lie.
+    """A torch file's value, with a `TensorRecord` for each tensor, and its storages' places.
 
-    `stamp` is the file's (size, modification time in ns), to notice a later replacement.
+    `stamp` is the file's size and modification time in ns, to notice if it is replaced later.
     """
 
     value: Any
@@ -79,7 +79,7 @@ def open_container(path: Path) -> TorchContainer:
 
 
 class _BoundedFile:
-    """A file, for zipfile, that is not read in one piece larger than an honest directory."""
+    """A file for zipfile, which refuses to read more at once than a real zip directory takes."""
 
     def __init__(self, file: BufferedReader):
         self._file, self.seek, self.tell = file, file.seek, file.tell
@@ -90,7 +90,7 @@ class _BoundedFile:
 
 
 def _zip_members(file: BufferedReader) -> tuple[dict[str, zipfile.ZipInfo], int]:
-    """The zip directory by name, and where it begins."""
+    """Members of the zip archive by name, and where its directory begins."""
     try:
         with zipfile.ZipFile(_BoundedFile(file)) as archive:
             members, start = archive.infolist(), archive.start_dir
@@ -113,7 +113,7 @@ def _zip_members(file: BufferedReader) -> tuple[dict[str, zipfile.ZipInfo], int]
 
 
 def _zip_extents(file: BufferedReader) -> dict[str, Extent]:
-    """Range of each member's bytes; they neither overlap nor leave the file."""
+    """The range of bytes of each member, checked to be in the file and not to overlap."""
     members, end = _zip_members(file)
     extents: dict[str, Extent] = {}
     for member in sorted(members.values(), key=lambda member: member.header_offset, reverse=True):

@@ -1,8 +1,8 @@
-"""What a torch pickle may speak of: dtypes, storages, tensors, and the names that rebuild them.
+"""What a torch pickle may hold: dtypes, storages, tensors, and the names of functions.
 
-The names are keys of a table and their values are functions of this module; each checks its
-arguments and notes them in a record. Nothing is looked up by name, nothing is imported, and a
-name that is not here is refused.
+A pickle names functions that rebuild its values. Each admitted name has a function in a table of
+this module, which checks its arguments and returns a record of them. No name is looked up or
+imported, and one that is not in the table is refused.
 
 References:
     torch `torch/_utils.py` (rebuild functions), `torch/storage.py` (storage classes).
@@ -62,8 +62,10 @@ class StorageRecord:
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """A tensor as described: `offset` and `strides` count elements; nothing is checked yet
-    against the storage's real size."""
+    """A tensor as the pickle describes it, which may be wrong about the storage's size.
+
+    `offset` and `strides` count elements.
+    """
 
     storage: StorageRecord
     dtype: np.dtype
@@ -74,13 +76,13 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """An admitted name on the stack. It is a label, not the thing named."""
+    """An admitted name on the stack; only the name, not what it names."""
 
     name: str
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is an integer (a bool is none) that can count something."""
+    """Whether it is an integer from 0, and no bool."""
     return type(value) is int and value >= 0
 
 
@@ -91,7 +93,7 @@ def is_counts(value: Any) -> bool:
 
 
 def quoted(thing: Any) -> str:
-    """`thing` from a file, made safe and short for a one-line message."""
+    """A value from a file, made safe and short for an error of one line."""
     if isinstance(thing, str):
         return ascii(thing[:60] + "..." if len(thing) > 60 else thing)
     if isinstance(thing, int | float):
@@ -100,7 +102,12 @@ def quoted(thing: Any) -> str:
 
 
 def need(holds: bool, otherwise: str, *about: Any) -> None:
-    """Refuse the file unless `holds`; "{}" in `otherwise` stand for `about`, quoted.
+    """Refuse the file unless a condition holds.
+
+    Args:
+        holds: The condition.
+        otherwise: The message, with a "{}" for each value of `about`.
+        about: Values from the file, which are quoted.
 
     Raises:
         RefusedPickleError: If not `holds`.
@@ -109,7 +116,7 @@ def need(holds: bool, otherwise: str, *about: Any) -> None:
         raise RefusedPickleError(otherwise.format(*map(quoted, about)))
 
 
-# What the admitted names rebuild. Each takes the argument tuple of a REDUCE.
+# The functions of admitted names. Each takes the tuple of arguments of a REDUCE instruction.
 
 
 def _tensor(arguments: tuple, dtype: np.dtype | None, metadata: tuple) -> TensorRecord:

@@ -1,4 +1,4 @@
-"""Lay a factored Hessian out on disk: bergson's tree, the seed's, or both.
+"""Lay a factored Hessian out on disk: bergson's tree, the older one, or both.
 
 Knows no method and no model, only kinds of named, row-sharded arrays (see `layout.KINDS`).
 Where both trees hold the same tensors, one file has two names.
@@ -20,9 +20,9 @@ from jhessians.interop import torchfile
 from jhessians.interop.layout import (
     HESSIAN_CFG_KEYS,
     INDEX_CFG_KEYS,
+    INFLUENCE_RESULTS,
     KINDS,
-    SEED_ROOT,
-    SEED_TOTAL_LAMBDA_FILE,
+    OLDER_TOTAL_LAMBDA_FILE,
     TOTAL_FILE,
     Layout,
     kind_folder,
@@ -51,13 +51,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a fit's results go, and in which form. Every process of a run has an equal one.
+    """The place and form of a fit's results. Every process of a run has an equal one.
 
     Attributes:
         root: The run directory.
-        documents: N, in the data set, short ones included.
-        total_processed: n, the terms in the sums over the data set: positions, unless the
-            method sums documents.
+        documents: N, the number of documents in the data set, short ones included.
+        total_processed: n, the number of terms in the sums over the data set: of positions,
+            unless the method sums over documents.
         layout: Which trees to write.
         shards: Files per factor.
         dtype: Number format of stored factors: "fp64", "fp32", "fp16" or "bf16".
@@ -86,13 +86,14 @@ class Destination:
         fresh: bool = True,
         last: bool = True,
     ) -> None:
-        """Write one kind of factor, where each tree wants it.
+        """Write one kind of factor into its folder in each tree.
 
         Args:
             kind: A key of `KINDS`.
             tensors: Module name → rows, scaled as bergson has it.
-            among, fresh: See `write_sharded`, for a kind that several calls write.
-            last: Whether this is the last of those.
+            among: If several calls write this kind, the shapes of all its modules.
+            fresh: Whether this is the first of these calls.
+            last: Whether this is the last of them.
 
         Raises:
             ValueError: If `kind` is unknown.
@@ -102,26 +103,30 @@ class Destination:
         write = partial(
             write_sharded, shards=self.shards, dtype=self.dtype, among=among, fresh=fresh
         )
-        written = kind_folder(self.root, kind, "bergson") if self.layout != "seed" else None
+        written = None
+        if self.layout != "influence_results":
+            written = kind_folder(self.root, kind, "bergson")
         if written is not None:
             write(written, tensors, replicated=KINDS[kind].replicated)
-        seed = kind_folder(self.root, kind, "seed") if self.layout != "bergson" else None
-        if seed is None:
+        older = None
+        if self.layout != "bergson":
+            older = kind_folder(self.root, kind, "influence_results")
+        if older is None:
             return
-        if KINDS[kind].seed_per_position:
+        if KINDS[kind].older_per_position:
             scale = self.documents / self.total_processed
-            write(seed, {name: ScaledSource(source, scale) for name, source in tensors.items()})
+            write(older, {name: ScaledSource(source, scale) for name, source in tensors.items()})
         elif written is None:
-            write(seed, tensors)
+            write(older, tensors)
         elif last:
-            link_or_copy(written, seed)
+            link_or_copy(written, older)
 
     def write_totals(self, *, corrected: bool, include_bias: bool = False) -> None:
-        """Write the small files beside the shards: counts and the seed's processor files.
+        """Write the small files beside the shards: counts, and the older processor files.
 
         Args:
-            corrected: Whether there was a pass for the eigenvalue correction, which the seed
-                counted separately.
+            corrected: Whether there was a pass for the eigenvalue correction, which the older
+                tree counts separately.
             include_bias: Whether activations carry a column of ones for the bias.
 
         Raises:
@@ -130,22 +135,22 @@ class Destination:
         count = np.array(self.total_processed, np.int64)
 
         def write() -> None:
-            if self.layout != "seed":
+            if self.layout != "influence_results":
                 torchfile.save(count, self.root / TOTAL_FILE)
             if self.layout != "bergson":
-                (self.root / SEED_ROOT).mkdir(exist_ok=True)
-                names = [TOTAL_FILE, *([SEED_TOTAL_LAMBDA_FILE] if corrected else [])]
+                (self.root / INFLUENCE_RESULTS).mkdir(exist_ok=True)
+                names = [TOTAL_FILE, *([OLDER_TOTAL_LAMBDA_FILE] if corrected else [])]
                 for name in names:
-                    torchfile.save(count, self.root / SEED_ROOT / name)
+                    torchfile.save(count, self.root / INFLUENCE_RESULTS / name)
                 for name in ("normalizers.pth", "preconditioners.pth"):
                     torchfile.save({}, self.root / name)
                 processor = GradientProcessor(include_bias=include_bias)
-                _write_json(self.root / LEGACY_CONFIG_FILE, _seed_settings(processor))
+                _write_json(self.root / LEGACY_CONFIG_FILE, _older_settings(processor))
 
         _on_first_process(write, self.root)
 
     def write_processor(self, processor: GradientProcessor) -> None:
-        """Write autocorrelation Hessians: bergson's files, their older names, or both, linked.
+        """Write autocorrelation Hessians under the names of one tree, or hard-linked under both.
 
         Raises:
             OutputError: If the disk is full, read-only or not ours.
@@ -157,8 +162,8 @@ class Destination:
             if self.layout != "bergson":
                 for name, older in LEGACY_NAMES.items():
                     link_file(self.root / name, self.root / older)
-                _write_json(self.root / LEGACY_CONFIG_FILE, _seed_settings(processor))
-            if self.layout == "seed":
+                _write_json(self.root / LEGACY_CONFIG_FILE, _older_settings(processor))
+            if self.layout == "influence_results":
                 for name in (*LEGACY_NAMES, PROCESSOR_FILE):
                     (self.root / name).unlink()
 
@@ -172,12 +177,12 @@ class Destination:
     ) -> None:
         """Write a whole factored Hessian: every kind given, then the small files.
 
-        The stages of a fit call `write_kind` and `write_totals` instead, as results come in.
+        A fit calls `write_kind` and `write_totals` instead, whenever a stage has a result.
 
         Args:
             factors: Kind (see `KINDS`) → module name → rows; kinds that a method lacks are left
                 out.
-            include_bias: See `write_totals`.
+            include_bias: Whether activations carry a column of ones for the bias.
 
         Raises:
             ValueError: If the kinds don't hold the same modules.
@@ -199,7 +204,7 @@ def write_config(
     *,
     layout: Layout = "both",
 ) -> None:
-    """Write the run's options: `config.yaml` for bergson, `config.json` as the seed did.
+    """Write the run's options: `config.yaml` for bergson, `config.json` for the older tree.
 
     Args:
         root: The run directory.
@@ -218,7 +223,7 @@ def write_config(
             _check_bergson_knows(command)
 
     def write() -> None:
-        if layout != "seed":
+        if layout != "influence_results":
             text = yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
             (root / "config.yaml").write_text(text, encoding="utf-8")
         if layout != "bergson":
@@ -257,11 +262,11 @@ def _check_bergson_knows(command: Mapping[str, Any]) -> None:
         raise ValueError(f"bergson does not know {sorted(unknown)}; put them at the top level")
 
 
-def _seed_settings(processor: GradientProcessor) -> dict[str, Any]:
-    """The seed's processor file; its reader took exactly these three keys and raised on others."""
+def _older_settings(processor: GradientProcessor) -> dict[str, Any]:
+    """The older processor file, whose readers took these three keys and raised on any other."""
     always = ["projection_dim", "reshape_to_square", "projection_type"]
     if processor.projection_dim:
-        # Without them a reader takes the seed's own matrices, which ours are not: better it raises.
+        # Without them an older reader draws its own matrices, which ours are not: better it raises.
         always += ["projection_scale", "projection_version"]
     defaults = GradientProcessor().settings
     # Later readers know the rest; the first ones knew no gradients that were made that way.

@@ -1,8 +1,9 @@
-"""Where each factor lies on disk, as data: folders, dtypes and row ranges.
+"""The layout of factors on disk, as tables: folders, number formats and ranges of rows.
 
-Two trees hold the same tensors: the one that bergson 2.5.1 reads and the older one that
-`python -m bergson.hessians` wrote (the *seed*). A factor has one *kind*; `KINDS` says which
-folder of either tree it goes to, so a new kind is a new entry here. Both trees keep
+Two trees hold the same tensors: the one that bergson 2.5.1 reads, and the older one that the
+command `python -m bergson.hessians` of earlier versions wrote in a folder `influence_results`. A
+factor has one *kind*, and `KINDS` says which folder of either tree it goes to, so a new kind is a
+new entry here. Both trees keep
 `shard_{r}.safetensors` for r = 0 … N−1 in a folder, every shard with rows of every module.
 """
 
@@ -15,37 +16,38 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-Tree = Literal["bergson", "seed"]
+Tree = Literal["bergson", "influence_results"]
 """One of the two trees."""
 
-Layout = Literal["both", "bergson", "seed"]
-"""Which trees to write; with "both" the seed's tree stands inside bergson's."""
+Layout = Literal["both", "bergson", "influence_results"]
+"""Which trees to write; with "both" the older tree stands inside bergson's."""
 
-SEED_ROOT = "influence_results"
-"""Folder of the seed's shards, relative to the run directory."""
+INFLUENCE_RESULTS = "influence_results"
+"""Folder of the older tree's shards, relative to the run directory."""
 
 TOTAL_FILE = "total_processed.pt"
-SEED_TOTAL_LAMBDA_FILE = "total_processed_lambda.pt"
+OLDER_TOTAL_LAMBDA_FILE = "total_processed_lambda.pt"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of factor, [rows, columns] or [values] per module.
+    """One kind of factor, of which every module has a matrix [rows, columns] or a vector.
 
     Attributes:
         folder: Its folder in bergson's tree.
-        seed_folder: The same tensors' folder in the seed's tree, if it knew them.
+        older_folder: Its folder in the older tree, if that has this kind.
         square: Whether rows and columns are the same dimension.
         replicated: Whether every shard holds a whole copy instead of its rows.
-        seed_per_position: Whether the seed divided by positions where bergson divides by
-            documents, so that the seed's values are ours · n_docs / total_processed.
+        older_per_position: Whether the older tree's values are divided by the number of positions
+            where bergson's are by that of documents. They are then bergson's values times
+            n_docs / total_processed.
     """
 
     folder: str
-    seed_folder: str | None = None
+    older_folder: str | None = None
     square: bool = False
     replicated: bool = False
-    seed_per_position: bool = False
+    older_per_position: bool = False
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -64,10 +66,10 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "eigenvalue_correction": Kind(
             "eigenvalue_correction_sharded",
             "eigenvalue_correction_sharded",
-            seed_per_position=True,
+            older_per_position=True,
         ),
-        # bergson indexes these by the eigenvalue grid's axes: the grid's columns are whole in
-        # every shard and its rows are not, so one factor is copied and the other is split.
+        # Each shard of the eigenvalues holds some rows and all columns of [out, in], and bergson
+        # reads the matching parts of these two: some of the first axis's, all of the second's.
         "activation_eigenvalues": Kind("factor_eig_a", replicated=True),
         "gradient_eigenvalues": Kind("factor_eig_g"),
     }
@@ -81,12 +83,12 @@ DTYPES: Mapping[str, tuple[str, np.dtype]] = MappingProxyType(
         "bf16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
     }
 )
-"""bergson's `hessian_dtype` → (safetensors' name, numpy's dtype)."""
+"""For each `hessian_dtype` of bergson, safetensors' name of it and numpy's dtype."""
 
 HESSIAN_CFG_KEYS = frozenset(
     {"method", "ev_correction", "hessian_dtype", "use_dataset_labels", "module_partitions"}
 )
-"""What bergson 2.5.1's `HessianConfig` knows; `method` is required."""
+"""The fields of bergson 2.5.1's `HessianConfig`, of which `method` is required."""
 
 INDEX_CFG_KEYS = frozenset(
     """run_path overwrite model precision revision distributed fsdp peft_init_kwargs
@@ -97,11 +99,11 @@ INDEX_CFG_KEYS = frozenset(
     split_attention_modules attention profile filter_modules force_math_sdp attribute_tokens
     modules""".split()
 )
-"""What bergson 2.5.1's `IndexConfig` knows; `run_path` is required."""
+"""The fields of bergson 2.5.1's `IndexConfig`, of which `run_path` is required."""
 
 
 def shard_bounds(dimension: int, shards: int, index: int) -> tuple[int, int]:
-    """Row range [start, stop) of one shard; shard 0 also takes the remainder.
+    """Row range [start, stop) of one shard; shard 0 also takes the rows that are left over.
 
     Args:
         dimension: Rows in all.
@@ -135,5 +137,5 @@ def kind_folder(root: Path, kind: str, tree: Tree) -> Path | None:
         raise ValueError(f"unknown kind of factor {kind!r}; known: {', '.join(KINDS)}")
     if tree == "bergson":
         return root / KINDS[kind].folder
-    seed_folder = KINDS[kind].seed_folder
-    return root / SEED_ROOT / seed_folder if seed_folder else None
+    folder = KINDS[kind].older_folder
+    return root / INFLUENCE_RESULTS / folder if folder else None

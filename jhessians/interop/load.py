@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from jhessians.errors import CheckpointError
 from jhessians.interop import torchfile
 from jhessians.interop.layout import (
+    INFLUENCE_RESULTS,
     KINDS,
-    SEED_ROOT,
     TOTAL_FILE,
     Tree,
     kind_folder,
@@ -33,8 +33,9 @@ Shapes = dict[str, tuple[int, ...]]
 class FactorStore:
     """Factors in a run directory, read one tensor at a time.
 
-    bergson's tree is taken where it exists, the seed's otherwise. The seed's
-    `eigenvalue_correction` is returned as it lies there: per position, not per document.
+    bergson's tree is read where it exists, the older one otherwise. The older tree's
+    `eigenvalue_correction` is returned as it is stored: divided by the number of positions, not
+    of documents.
 
     Args:
         root: The directory that holds the factor folders, or `influence_results`.
@@ -42,7 +43,7 @@ class FactorStore:
 
     Attributes:
         root: The directory as given.
-        layout: The tree that is read, "bergson" or "seed".
+        layout: The tree that is read, "bergson" or "influence_results".
         kinds: Kinds of factor that are there, in `KINDS` order.
         shards: Number of shards of every kind.
 
@@ -53,8 +54,11 @@ class FactorStore:
     def __init__(self, root: str | Path, layout: Tree | None = None):
         self.root = Path(root)
         # One folder has the same name in both trees, so the name above it decides.
-        seed_only = self.root.name == SEED_ROOT
-        trees: list[Tree] = [layout] if layout else ["seed"] if seed_only else ["bergson", "seed"]
+        trees: list[Tree] = ["bergson", "influence_results"]
+        if layout is not None:
+            trees = [layout]
+        elif self.root.name == INFLUENCE_RESULTS:
+            trees = ["influence_results"]
         found = {tree: _folders(self.root, tree) for tree in trees}
         self.layout: Tree = next((tree for tree in trees if found[tree]), trees[0])
         if not found[self.layout]:
@@ -145,7 +149,9 @@ def load_factors(
     """All factors of a run, or those of some kinds: kind → module name → tensor.
 
     Args:
-        path: See `FactorStore`, which reads one tensor at a time.
+        path: The run's directory, or its `influence_results`. bergson's tree is read where it
+            exists, the older one otherwise, whose eigenvalue correction is in another unit; see
+            `FactorStore`, which also reads one tensor at a time.
         kinds: Keys of `layout.KINDS`; all that are there if left out.
 
     Raises:
@@ -160,7 +166,7 @@ def load_factors(
 
 
 def _folders(root: Path, tree: Tree) -> dict[str, Path]:
-    if tree == "seed" and root.name == SEED_ROOT:
+    if tree == "influence_results" and root.name == INFLUENCE_RESULTS:
         root = root.parent
     folders = {kind: kind_folder(root, kind, tree) for kind in KINDS}
     return {kind: folder for kind, folder in folders.items() if folder and folder.is_dir()}

@@ -1,4 +1,4 @@
-"""What every second moment that is read from a file must be."""
+"""The check that every second moment passes when it is read from a file."""
 
 import numpy as np
 from jaxtyping import Float
@@ -7,7 +7,7 @@ from jhessians.errors import NumericsError
 
 
 def checked_moment(moment: np.ndarray, name: str) -> Float[np.ndarray, "..."]:
-    """A second moment at least in float32.
+    """A second moment in float32 or wider.
 
     Raises:
         NumericsError: If it isn't finite, or negative.

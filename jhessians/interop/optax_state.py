@@ -1,9 +1,9 @@
 """Second moments from an optax state in an Orbax checkpoint.
 
-A chain of optax is nested tuples, and Orbax gives them back as lists and dicts without their
-types. So a state is known by its fields: `mu` and `nu` are Adam's (and AdamW's, and their kin's),
-`v_row`, `v_col` and `v` are Adafactor's. Below each lies a tree like the model's parameters, with
-kernels [in, out], stacked where the model stacks its layers.
+The state of an optax chain is nested named tuples, which Orbax restores as lists and dicts without
+their types. So a state is recognised by its fields: `mu` and `nu` belong to Adam (also AdamW and
+others like them), `v_row`, `v_col` and `v` to Adafactor. Each field holds a tree with the structure
+of the model's parameters: kernels are [in, out], stacked where the model stacks its layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ def is_orbax(path: str | Path) -> bool:
 def read_optax_state(
     path: str | Path, model: nnx.Module, *, include_bias: bool = False
 ) -> dict[str, Normalizer]:
-    """Normalizers from a checkpoint that holds an optimizer's state, whatever else it holds.
+    """Normalizers from a checkpoint that holds an optimizer's state, perhaps among other things.
 
     Only second moments are read, not the parameters, nor the first moments.
 
@@ -44,10 +44,11 @@ def read_optax_state(
         include_bias: Whether to read the biases' second moments, too.
 
     Returns:
-        As `normalizers_from_optax`.
+        Module's full name → normalizer, of every linear of the model.
 
     Raises:
-        CheckpointError: If it can't be read, or as for `normalizers_from_optax`.
+        CheckpointError: If it can't be read, or a linear has no second moment, more than one, or
+            one of another shape.
         NumericsError: If a second moment isn't finite, or is negative.
     """
     import orbax.checkpoint as ocp
@@ -80,7 +81,7 @@ def normalizers_from_optax(
         state: Any nest of tuples, lists and dicts that holds, somewhere, Adam's or Adafactor's.
         model: The model that was trained, made with our `Linear`; its shapes are enough.
         include_bias: Whether to read the biases' second moments, too.
-        where: For messages.
+        where: Names the state in errors.
 
     Returns:
         Module's full name → normalizer, of every linear of the model. A weight too small for
@@ -110,14 +111,14 @@ def normalizers_from_optax(
 
 
 class LinearPlace(NamedTuple):
-    """Where a linear, or all of a stack's of one name, keeps its parameters.
+    """Where the parameters of a linear are, or those of the same linear in all layers of a stack.
 
     Attributes:
-        path: Of the module in the model's state.
-        modules: The full names of the modules, a stack's by layer and expert.
-        stack: How many layers and experts there are: the parameters' leading axes.
-        kernel_shape: As stored, [(layer,) (expert,) in, out].
-        bias_shape: As stored, [(layer,) (expert,) out]; None if there is no bias.
+        path: Path of the module in the model's state.
+        modules: Full names of the modules; in a stack, one for each layer and expert.
+        stack: Numbers of layers and of experts, the leading axes of the parameters.
+        kernel_shape: Stored shape, [(layer,) (expert,) in, out].
+        bias_shape: Stored shape, [(layer,) (expert,) out]; None if there is no bias.
     """
 
     path: tuple[str, ...]
@@ -164,7 +165,7 @@ def _names(keys: Sequence[Any]) -> set[str]:
 
 
 def _second_moments(node: Any) -> Iterator[tuple[Any, ...]]:
-    """The trees of every state in a nest: one for Adam, three for Adafactor."""
+    """Search a nest for states, and give the trees of each: Adam's one, or Adafactor's three."""
     fields = getattr(node, "_asdict", lambda: node)()  # a state in memory is a named tuple
     if isinstance(fields, Mapping):
         if set(fields) >= set(_ADAM):
@@ -183,7 +184,7 @@ def _second_moments(node: Any) -> Iterator[tuple[Any, ...]]:
 def _moments_of(
     found: Sequence[tuple[Any, ...]], linear: LinearPlace, kind: str, where: str
 ) -> list[Float[np.ndarray, "..."]]:
-    """The second moment of a parameter [(layer,) in, out], or row [out] and column [in]."""
+    """A parameter's second moment, of its own shape, or the means [(layer,) out], [(layer,) in]."""
     name = ".".join((*linear.path, kind))
     shape = linear.kernel_shape if kind == "kernel" else linear.bias_shape
     assert shape is not None
@@ -197,8 +198,8 @@ def _moments_of(
     *factors, whole = held[0]
     if tuple(whole.shape) == shape:
         return [checked_moment(np.asarray(whole), f"the second moment of {name}")]
-    # Adafactor averages over the larger of the two largest axes for `v_row`, over the other for
-    # `v_col`; of equal ones, the later counts as larger.
+    # Of the two largest axes, `v_row` is the mean over the larger one and `v_col` that over the
+    # other one; if they are equal, the last axis counts as the larger one.
     smaller, larger = sorted(range(len(shape)), key=lambda axis: shape[axis])[-2:]
     expected = [_without(shape, larger), _without(shape, smaller)]
     mixed = min(smaller, larger) < len(linear.stack)  # means over layers or experts
@@ -209,7 +210,7 @@ def _moments_of(
             f"{' or its row and column means' if kind == 'kernel' else ''}"
         )
     arrays = [checked_moment(np.asarray(x), f"the second moment of {name}") for x in factors]
-    # `v_row` keeps the smaller axis: the outputs if those are the last axis.
+    # `v_row` still has the smaller axis, which are the outputs if it is the last one.
     return arrays if smaller == len(shape) - 1 else arrays[::-1]
 
 
@@ -218,7 +219,7 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 
 def _leaf(tree: Any, path: Sequence[str]) -> Any:
-    """The array at a path, or None; variables may lie around it, as their own or as dicts."""
+    """The array at a path of a tree, or None; an `nnx.Variable` around it is removed."""
     for step in path:
         if not isinstance(tree, Mapping) or step not in tree:
             return None

@@ -1,13 +1,13 @@
 """Second moments of a trained optimizer as normalizers, from torch's `optimizer.pt` or from Orbax.
 
-torch keeps an optimizer's state by number. Which parameter a number means follows from the groups:
-one group is the model's `named_parameters`, and transformers' Trainer has two, matrices (with
-weight decay) before vectors (without), each in that order. Files that record names need no such
-guess, and shapes are checked in any case.
+torch numbers the parameters in an optimizer's state. The parameter groups tell which number means
+which parameter: a single group lists the model's `named_parameters` in order; transformers' Trainer
+has two groups, first the matrices (with weight decay) and then the vectors (without), each in that
+order. Some files record the names as well, which are then used. Shapes are always checked.
 
-A second moment lies as its parameter does: [out, in] for a Linear, [in, out] for transformers'
-Conv1D, whose factored moments trade places too. That is known by the kind of module, never by its
-shape: a square Conv1D would be transposed in silence.
+A second moment is stored as its parameter is: [out, in] for a Linear, [in, out] for transformers'
+Conv1D, whose factored moments are exchanged too. Which of them a module is must be known; the shape
+can't tell, because it is the same for both if the matrix is square.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ OPTIMIZER_FILE = "optimizer.pt"
 
 # bitsandbytes keeps its state under this key, as codes of 8 bits or as plain numbers.
 _QUANTISED = "__bnb_optimizer_quant_state__"
-# What wrappers put before a parameter's name: data parallelism, torch.compile, adapters.
+# Prefixes of a parameter's name from wrappers: data parallelism, torch.compile, adapters.
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.")
 
 
@@ -38,10 +38,10 @@ class Parameter:
     """A parameter of a torch model.
 
     Attributes:
-        name: As in the model's `named_parameters`, such as `transformer.h.0.attn.c_attn.weight`.
-        shape: As torch stores it.
-        module: For the weight of a linear that counts, or its bias, the module's name relative to
-            the base model, such as `h.0.attn.c_attn`: the key of its normalizer.
+        name: Its name in `named_parameters`, such as `transformer.h.0.attn.c_attn.weight`.
+        shape: The shape that torch stores.
+        module: If it is the weight or the bias of a linear that needs a normalizer, the module's
+            name relative to the base model, such as `h.0.attn.c_attn`; None otherwise.
         transposed: Whether it is stored [in, out], as transformers' Conv1D keeps its weight.
     """
 
@@ -58,13 +58,16 @@ def load_normalizers(
     parameters: Sequence[Parameter],
     include_bias: bool = False,
 ) -> dict[str, Normalizer]:
-    """Normalizers from whichever optimizer state `path` is.
+    """Normalizers from an optimizer's state, of torch or of optax.
 
     Args:
-        path: Of `read_torch_optimizer` or of `jhessians.interop.optax_state.read_optax_state`.
-        model: Our model, whose shapes are enough; says where a tree of optax keeps what.
-        parameters: The torch model's; `converters.parameter_order.named_parameters` lists them.
-        include_bias: Whether biases need second moments, too.
+        path: torch's file or the folder that holds it, or the folder of an Orbax checkpoint.
+        model: Our model, for optax; its shapes are enough.
+        parameters: The torch model's, for torch; see `converters.parameter_order`.
+        include_bias: Whether to read the biases' second moments, too.
+
+    Returns:
+        Module's name → normalizer.
 
     Raises:
         CheckpointError: If it can't be read as the state of such a model's optimizer.
@@ -137,7 +140,7 @@ def _by_name(
     groups: Sequence[Mapping[str, Any]],
     parameters: Sequence[Parameter],
 ) -> dict[str, Mapping[str, Any]]:
-    """Every parameter's state, under its name."""
+    """Each parameter's state, by the parameter's name."""
     known = {parameter.name for parameter in parameters}
     recorded = {index: state["param_name"] for index, state in states.items()
                 if "param_name" in state}  # fmt: skip
@@ -147,7 +150,7 @@ def _by_name(
     for index, state in states.items():
         name = recorded.get(index, recorded.get(_number(index)))
         plain = _unwrapped(name, known)
-        if plain is None:  # an embedding or a head may have another name: it isn't needed
+        if plain is None:  # not among ours, such as an embedding of another name: not needed
             continue
         if plain in entries:
             raise CheckpointError(f"{file} has the state of {plain} twice; expected it once")
@@ -160,7 +163,7 @@ def _number(index: Any) -> Any:
 
 
 def _unwrapped(name: Any, known: set[str]) -> str | None:
-    """The model's own name for a parameter that wrappers may have renamed."""
+    """A parameter's name without the prefixes of wrappers; None if the model has no such name."""
     if not isinstance(name, str):
         return None
     while name not in known:
@@ -174,7 +177,7 @@ def _unwrapped(name: Any, known: set[str]) -> str | None:
 def _names_by_index(
     file: Path, groups: Sequence[Mapping[str, Any]], parameters: Sequence[Parameter]
 ) -> dict[Any, Any]:
-    """Which parameter each of torch's numbers means."""
+    """The parameter's name for each of torch's numbers."""
     indices = [index for group in groups for index in group["params"]]
     given = [name for group in groups for name in group.get("param_names") or ()]
     if len(given) == len(indices):
@@ -193,17 +196,17 @@ def _names_by_index(
 
 
 def _orders(parameters: Sequence[Parameter]) -> list[list[list[Parameter]]]:
-    """How parameters may be divided among groups."""
+    """The ways in which parameters may be divided among groups."""
     matrices = [p for p in parameters if len(p.shape) >= 2]
     vectors = [p for p in parameters if len(p.shape) < 2]
     others = [p for p in parameters if not p.name.endswith(".bias")]
     biases = [p for p in parameters if p.name.endswith(".bias")]
-    # The last is the Trainer's where it did not know a model's norms.
+    # The Trainer divides in the last way if it doesn't know the class of a model's norms.
     return [[list(parameters)], [matrices, vectors], [others, biases]]
 
 
 def _check_shapes(file: Path, parameter: Parameter, state: Mapping[str, Any]) -> None:
-    """A wrong number of a parameter mostly shows in its shape."""
+    """Check a state's shapes, which mostly differ if a number was taken for another parameter's."""
     shape = parameter.shape
     expected = {
         "exp_avg_sq": shape,
@@ -242,7 +245,7 @@ def _unfactored(
     if state is None:
         raise CheckpointError(
             f"{file} has no second moment of {parameter.name}; expected one of every linear: was "
-            "it frozen? leave its module out with --filter_modules"
+            "it frozen? leave its module out (`filter_modules`)"
         )
     quantised = state.get(_QUANTISED)
     if not isinstance(quantised, dict):
@@ -251,7 +254,7 @@ def _unfactored(
     if isinstance(moment, LazyTensor) and moment.dtype == np.uint8:
         raise CheckpointError(
             f"{file} is the state of an 8-bit optimizer (bitsandbytes), whose second moments are "
-            "codes; give one of 32 bits, or estimate from the data with --normalizer adam"
+            "codes; give one of 32 bits, or estimate them from the data (`normalizer` adam)"
         )
     return _read(file, parameter, quantised, "state2")
 

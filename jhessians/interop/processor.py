@@ -3,7 +3,7 @@
 A folder with `processor_config.yaml` (the settings), `normalizers.pth`, `hessians.pth` (module →
 [d, d], an autocorrelation) and `hessians_eigen.pth` (module → (values [d], vectors [d, d])).
 Older versions called the last two `preconditioners*.pth`, and the first `processor_config.json`.
-Wherever an option takes a `processor_path`, it is such a folder.
+An option called `processor_path` takes such a folder.
 """
 
 import json
@@ -32,7 +32,7 @@ CONFIG_FILE = "processor_config.yaml"
 LEGACY_CONFIG_FILE = "processor_config.json"
 
 PROJECTION_VERSION = 2
-"""Of the projection matrices; version 1 came from torch's generators and can't be made again."""
+"""The way of making projection matrices; version 1 was torch's generators, which we don't have."""
 
 PROJECTION_SETTINGS = (
     "projection_dim",
@@ -43,9 +43,9 @@ PROJECTION_SETTINGS = (
     "include_bias",
     "projection_version",
 )
-"""What must be the same for two sets of projected gradients to be comparable."""
+"""Settings in which two sets of projected gradients must agree to be comparable."""
 
-# What a file means that lacks a setting: such files are older than the setting.
+# Values of settings that a file lacks because it is older than the setting.
 _BEFORE_THE_SETTING = {
     "projection_type": "normal",
     "include_bias": False,
@@ -59,20 +59,20 @@ class GradientProcessor:
     """Settings, normalizers and autocorrelation Hessians of projected gradients.
 
     Attributes:
-        normalizers: Module → what its gradients are divided by; none for modules left alone.
+        normalizers: Module → its normalizer; modules without one are not normalised.
         hessians: Module → its autocorrelation, [d, d]; d is the size of a projected gradient.
         hessians_eigen: Module → eigenvalues [d], ascending, and eigenvectors [d, d], columns.
         projection_dim: p; None (or 0) if gradients are not projected.
-        reshape_to_square: Whether gradients are made nearly square before.
-        projection_type: Of the matrices' entries.
+        reshape_to_square: Whether gradients are reshaped to be nearly square before that.
+        projection_type: Distribution of the matrices' entries.
         projection_target: A projection for each module, or one for all together.
-        projection_scale: By what the projection's entries are divided.
+        projection_scale: `jl` divides the matrices by √p, `row_norm` makes their rows unit vectors.
         include_bias: Whether biases count as one more column of the gradient.
-        projection_seed: Of the matrices; None for bergson's own.
-        projection_version: Of the matrices, `PROJECTION_VERSION`.
+        projection_seed: Every seed gives other matrices; None is bergson's default.
+        projection_version: How the matrices were made; `PROJECTION_VERSION` is how we make them.
 
     Raises:
-        ValueError: If a setting has a value that it can't have.
+        ValueError: If a setting has a wrong value.
     """
 
     normalizers: Mapping[str, Normalizer] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class GradientProcessor:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All but the arrays, in the order of bergson's file."""
+        """All settings, in the order of bergson's file."""
         return {name: getattr(self, name) for name in _SETTINGS}
 
     def save(self, path: str | Path) -> None:
@@ -109,7 +109,7 @@ class GradientProcessor:
 
         Raises:
             OutputError: If it can't be written.
-            ValueError: If an array's shape isn't what its place asks for.
+            ValueError: If an array has a wrong shape.
         """
         import yaml
 
@@ -138,7 +138,7 @@ class GradientProcessor:
             skip_hessians: Leave `hessians` and `hessians_eigen` empty, and their files unread.
 
         Returns:
-            The processor, with numpy arrays. A folder of the older names may lack eigenpairs.
+            The processor, with numpy arrays. Folders of an older version may have no eigenpairs.
 
         Raises:
             CheckpointError: If a file is missing, damaged, or holds something else.
@@ -158,7 +158,7 @@ class GradientProcessor:
         return processor
 
     def projection_differences(self, other: "GradientProcessor") -> list[str]:
-        """The settings that keep the two's gradients from being comparable, in words."""
+        """Settings that keep gradients of two processors from being compared, in words."""
         # Without a projection, the other settings do nothing.
         names = PROJECTION_SETTINGS if self.projection_dim else ("projection_dim",)
         return [
@@ -178,7 +178,7 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
 
-# Every setting, in the order of bergson's file: its test, and what it asks for.
+# Every setting, in the order of bergson's file: its check, and the expected value in words.
 _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "projection_dim": (
         lambda value: value is None or (_is_whole(value) and value >= 0),

@@ -1,4 +1,4 @@
-"""The torch files of a gradient processor's folder: tables by module, and what they must hold."""
+"""The torch files in a gradient processor's folder: one table by module each, and its checks."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -36,10 +36,10 @@ def read_hessians(path: Path) -> tuple[dict[str, Matrix], dict[str, EigenPair]]:
 
 
 def open_hessians(path: Path) -> tuple[dict[str, LazyTensor], dict[str, tuple[LazyTensor, ...]]]:
-    """The same, with the matrices left on the disk until they are read.
+    """Like `read_hessians`, but every matrix stays on the disk until it is read.
 
     Raises:
-        CheckpointError: As for `read_hessians`, or a shape is wrong.
+        CheckpointError: If a file is missing, damaged, or holds something else or wrong shapes.
     """
     hessians, eigen = _hessians(path, torchfile.open_torch_file)
     if problem := misshapen({}, hessians, eigen):
@@ -58,7 +58,7 @@ def _hessians(path: Path, read: Callable[[Path], Any]) -> tuple[dict[str, Any], 
 
 
 def _existing(path: Path, name: str) -> Path:
-    """The file, or the one of the older name."""
+    """Path of the file under its name or its older one, whichever exists."""
     for file in (path / name, path / LEGACY_NAMES[name]):
         if file.exists():
             return file
@@ -84,7 +84,7 @@ def _read_table(
     expected: str,
     read: Callable[[Path], Any] = torchfile.load,
 ) -> dict[str, Any]:
-    """A torch file's module → value, with the value's kind checked."""
+    """A torch file's table of module → value, with every value checked."""
     if not file.exists():
         raise CheckpointError(f"{file} does not exist; expected the folder of a gradient processor")
     table = read(file)
@@ -106,7 +106,7 @@ _KINDS: dict[str, tuple[type[Normalizer], tuple[str, ...]]] = {
 
 
 def normalizer_state(normalizer: Normalizer) -> dict[str, Any]:
-    """A normalizer as bergson's file has it: its class by name, and the tensors that it has."""
+    """A normalizer as bergson stores it: the name of its class, and its tensors."""
     arrays = {each.name: getattr(normalizer, each.name) for each in dataclasses.fields(normalizer)}
     present = {name: array for name, array in arrays.items() if array is not None}
     return {"__class__": type(normalizer).__name__, **present}
@@ -149,7 +149,7 @@ def misshapen(
     hessians: Mapping[str, Any],
     hessians_eigen: Mapping[str, Any],
 ) -> str | None:
-    """What is wrong with the arrays' shapes, if anything."""
+    """What is wrong with the arrays' shapes, in words; None if nothing is."""
     for name, normalizer in normalizers.items():
         if isinstance(normalizer, AdamNormalizer):
             shapes = {"weight_avg_sq": (2, normalizer.weight_avg_sq)}

@@ -1,7 +1,8 @@
 """A result appears whole under its final name, or not at all.
 
-Work goes on in `<path>.part`; only a finished result is renamed to `<path>`. What stood there
-before is set aside first and deleted last, so an interrupted run loses nothing.
+A run writes into `<path>.part`, which is renamed to `<path>` when it is finished. An earlier result
+under that name is moved away just before and deleted just after, so an interrupted run loses
+nothing.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ _REMEDIES = {
     errno.EIO: ("the disk reported an error", "check it or choose another disk"),
     errno.EBUSY: ("the folder is in use", "choose another path"),
 }
-# These come from writing bytes, and then name no file.
+# Errors of writing bytes, which name no file.
 _WHILE_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -106,7 +107,7 @@ class RunDirectory:
         if not self.overwrite:
             raise OutputError(
                 f"{self.path} exists already; expected a new path; "
-                "pass --overwrite to replace it or choose another path"
+                "pass `overwrite` to replace it or choose another path"
             )
 
     def _is_ours(self, error: OSError) -> bool:
@@ -145,7 +146,7 @@ class RunDirectory:
 
 
 def _remove(path: Path, *, ignore_errors: bool = False) -> None:
-    """Delete a folder, file or symbolic link; nothing there is fine."""
+    """Delete a folder, file or symbolic link, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=ignore_errors)
         return

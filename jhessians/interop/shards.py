@@ -1,8 +1,8 @@
-"""Write row-sharded safetensors without ever holding a shard.
+"""Write row-sharded safetensors with one block of rows in memory, however large a tensor is.
 
-All shards are open at once, each with its header in place, and grow block after block of rows,
-each fetched when its turn comes: the host holds one block, whatever the size of a tensor. In a run
-of several processes all of them fetch, and process 0 writes.
+All shards are opened at once and get their headers. Then blocks of rows are fetched from the
+devices one after the other, and each is appended to its shard. In a run of several processes all
+of them fetch, and process 0 writes.
 
 References:
     safetensors' format: 8 bytes little-endian header length, JSON header, then the tensors.
@@ -27,7 +27,7 @@ from jhessians.interop.rundir import output_error
 from jhessians.interop.sources import TensorSource
 
 BLOCK_BYTES = 64 << 20
-"""Rows fetched at a time, in bytes as float32."""
+"""Size of the block of rows that is fetched at a time, counted as float32."""
 
 _NO_HARD_LINKS = {
     errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK,
@@ -49,17 +49,17 @@ def write_sharded(
 ) -> None:
     """Write `shard_{r}.safetensors` for every r, each with its rows of every tensor.
 
-    Shards of an earlier, interrupted call are replaced. Every process calls this.
+    Shards that an earlier, interrupted call left are replaced. Every process calls this.
 
     Args:
         folder: Made if missing; holds nothing but the shards afterwards.
         tensors: Module name → rows, in the order in which they are written.
-        shards: Number of shards; a dimension need not divide by it, nor reach it.
+        shards: Number of shards, which need not divide the number of rows and may exceed it.
         dtype: "fp64", "fp32", "fp16" or "bf16".
         replicated: Put every tensor whole into every shard.
-        block_bytes: Most bytes, as float32, to fetch at a time; at least one row is.
-        among: The shapes of all tensors of the files, if this call writes only some of them.
-        fresh: Whether it is the first such call, which makes the files.
+        block_bytes: Most bytes to fetch at a time, counted as float32; at least one row is.
+        among: If several calls write these files, the shapes of the tensors of all calls.
+        fresh: Whether this is the first of these calls, which creates the files.
 
     Raises:
         NumericsError: If a value is NaN or infinite, or overflows `dtype`.
@@ -89,7 +89,7 @@ def write_sharded(
         except OSError as error:
             failure = error
     if jax.process_count() > 1:
-        # Fetching needs everybody, so a writer without disk space keeps fetching too.
+        # Fetching needs all processes, so one that can't write still fetches for the others.
         for _ in blocks:
             pass
     raise_together(failure, folder)
@@ -137,9 +137,10 @@ def _blocks(
     target: np.dtype,
     block_bytes: int,
 ) -> Iterator[tuple[int, str, Shaped[np.ndarray, "..."]]]:
-    """Shard, module and rows, module by module, checked and in the dtype they are stored in.
+    """Shard, module and rows of each block, checked and in the number format on disk.
 
-    Modules come first, so that a source which must build its tensor whole does so once.
+    All blocks of a module follow one another, so that a source which has to make its whole tensor
+    does so once.
     """
     for module, source in tensors.items():
         step = max(1, block_bytes // max(1, 4 * math.prod(source.shape[1:])))
@@ -170,8 +171,8 @@ class _Header:
     """safetensors' header of one shard, padded so that the tensors start aligned.
 
     Attributes:
-        text: The bytes, length included.
-        start: Of every tensor, in bytes from the file's beginning.
+        text: The header's bytes, with the length in front.
+        start: Module name → where its tensor begins, in bytes from the file's beginning.
     """
 
     def __init__(
@@ -201,9 +202,15 @@ def _write_files(
     fresh: bool,
     whole: bool,
 ) -> None:
-    """Grow all shards side by side; on any failure none of them stays.
+    """Append blocks to all shards; on any failure all of them are deleted.
 
-    Blocks come in the files' order if they are the `whole` of them, else each module has its place.
+    Args:
+        paths: The shards.
+        headers: Their headers.
+        blocks: Shard, module and rows of each block.
+        fresh: Whether the files are created.
+        whole: Whether the blocks are all that the files hold, in the files' order. Otherwise each
+            module's are written from where its tensor begins.
     """
     try:
         with ExitStack() as stack:

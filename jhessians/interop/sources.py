@@ -1,8 +1,8 @@
-"""Where the exporter takes its rows from.
+"""Tensors from which the exporter fetches rows.
 
-A `TensorSource` has a shape and gives ranges of its rows as numpy, so that a shard is
-written piece by piece and no whole tensor is on the host. Rows may come from numpy, from a jax
-array on one device or on many, of one process or of several.
+A `TensorSource` has a shape and returns ranges of its rows as numpy, so that a shard is written
+piece by piece and the host never holds a whole tensor. Behind it may be a numpy array, or a jax
+array on any devices of one or several processes.
 """
 
 import functools
@@ -23,7 +23,7 @@ class TensorSource(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Logical shape, without padding."""
+        """Shape without padding."""
         ...
 
     def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "..."]:
@@ -38,11 +38,10 @@ class ArraySource:
     """Rows of a numpy or jax array, or of one entry of a stack of them.
 
     Args:
-        array: [*index, rows, columns] or [*index, values]; a jax array may be sharded over
-            devices and processes, but not along the indexed axes when processes share it.
+        array: [*index, rows, columns] or [*index, values]. A jax array may be sharded over
+            devices and processes; over several processes not along the indexed axes.
         index: Entry of the leading axes, e.g. the layer of a [layer, rows, columns] stack.
-        shape: Logical shape where the stored rows or columns are padded; the padding is at
-            the end and is left out.
+        shape: Shape without padding, if rows or columns are padded at the end.
 
     Raises:
         ValueError: If `index` is outside the stack or `shape` outside the entry.
@@ -85,7 +84,7 @@ class ArraySource:
 
 
 class ScaledSource:
-    """Another source times a number, in float32 or the source's wider dtype."""
+    """Another source multiplied by a number, in float32 or wider."""
 
     def __init__(self, source: TensorSource, scale: float):
         self._source = source
@@ -104,11 +103,11 @@ class ScaledSource:
 
 
 def _fetch_local(array: Array, window: Window) -> np.ndarray:
-    """`array[window]` of one process's array.
+    """`array[window]` of an array that is on this process's devices alone.
 
-    Each device's part is cut on that device. Slicing the sharded array as a whole would do
-    worse: with a traced start XLA gathers the entire operand on every device, and with a
-    static one it compiles again for every range.
+    Each device cuts out its own part. Slicing the sharded array as a whole is worse: with a traced
+    start XLA copies the entire array to every device, and with a static one it compiles again for
+    every range.
     """
     out = np.empty([w.stop - w.start for w in window], array.dtype)
     for shard in array.addressable_shards:
@@ -138,8 +137,8 @@ def _fetch_local(array: Array, window: Window) -> np.ndarray:
 def _fetch_global(array: Array, window: Window, indexed: int) -> np.ndarray:
     """`array[window]` of an array that several processes hold; all of them call this.
 
-    The stack's entry is taken first, where no device needs another's data; then the rows,
-    with static bounds, for which XLA moves rows and not the whole operand.
+    First the stack's entry is taken, for which no device needs another one's data; then the rows,
+    with static bounds, so that XLA moves these rows and not the whole array.
     """
     from jax.experimental import multihost_utils
 

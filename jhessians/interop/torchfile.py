@@ -39,11 +39,11 @@ _MAX_EXPANDED_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file, read when asked.
+    """A tensor that stays in its file until `read` is called.
 
     Attributes:
-        shape: As torch would give it.
-        dtype: As numpy has it; bfloat16 and float8 from ml_dtypes.
+        shape: The tensor's shape in torch.
+        dtype: numpy's dtype; bfloat16 and float8 are those of ml_dtypes.
     """
 
     shape: tuple[int, ...]
@@ -72,8 +72,8 @@ class LazyTensor:
 def open_torch_file(path: str | Path) -> Any:
     """Read a torch file's structure, leaving its tensors on disk.
 
-    Host memory holds the pickle only. Tensors that share a storage, and views of any strides,
-    are read each from their own part of the file.
+    Only the pickle is read into memory. Each tensor is later read from its own part of the file,
+    also if it shares a storage with others or is a view with strides.
 
     Args:
         path: A file of `torch.save`, zip or legacy, protocol 2 to 5.
@@ -90,16 +90,16 @@ def open_torch_file(path: str | Path) -> Any:
 
 
 def load(path: str | Path) -> Any:
-    """Read a torch file whole, with numpy arrays in place of tensors.
+    """Read a whole torch file, with numpy arrays in place of tensors.
 
     Each storage is read once: arrays that shared memory in torch share it here, and a view may
     be non-contiguous.
 
     Args:
-        path: As for `open_torch_file`.
+        path: A file of `torch.save`, zip or legacy, protocol 2 to 5.
 
     Raises:
-        CheckpointError: As for `open_torch_file`, or it does not fit in memory.
+        CheckpointError: If `open_torch_file` would refuse it, or it does not fit in memory.
     """
     whole: dict[tuple[Extent, bool], np.ndarray] = {}
 

@@ -1,8 +1,8 @@
 """Eigendecomposition of symmetric positive semi-definite matrices in float64 on the host.
 
-LAPACK's divide and conquer (evd): in float32 the spectrum of a covariance has hundreds of negative
-eigenvalues. A matrix is one task, the costliest first, and many run side by side, on a core each;
-where memory holds fewer of them than there are cores, each has several.
+LAPACK's divide and conquer (evd) computes in float64, because in float32 the spectrum of a
+covariance has hundreds of negative eigenvalues. Matrices are decomposed side by side, the costliest
+first, on one core each; where memory holds fewer of them than there are cores, each gets several.
 """
 
 import os
@@ -34,18 +34,18 @@ def eigendecompose(
     """Eigenpairs of (C + Cᵀ) / (2 count).
 
     Args:
-        name: What it is, for error messages.
-        matrix: C, a sum over positions; left as it is.
-        count: Positions summed; at least 1.
-        dtype: Of the result. The computation is in float64.
+        name: Names the matrix in errors.
+        matrix: C, a sum over positions; not changed.
+        count: How many positions were summed; at least 1.
+        dtype: Number format of the result. The computation is in float64.
 
     Raises:
         NumericsError: If C isn't finite, or LAPACK does not converge.
     """
     if not np.isfinite(matrix).all():
         raise NumericsError(
-            f"{name} holds NaN or infinity; expected finite numbers: check the "
-            "weights, or use --precision fp32"
+            f"{name} holds NaN or infinity; expected finite numbers: check the weights, "
+            "or compute in float32 (`precision` fp32)"
         )
     symmetric = matrix.astype(np.float64)
     symmetric += matrix.T
@@ -73,11 +73,11 @@ def ordered_map(
 
     Args:
         function: May raise, which ends the iteration.
-        items: Drawn on the caller's thread.
-        workers: Threads.
-        window: How many items are drawn ahead of the result that is yielded, so that neither all
-            inputs nor all results are in memory at once.
-        blas_threads: What BLAS may take for each call.
+        items: Iterated on the caller's thread.
+        workers: Number of threads.
+        window: How many items are taken before the first result must be ready, so that neither
+            all inputs nor all results are in memory at once.
+        blas_threads: Threads that BLAS may use in each call.
     """
     items = iter(items)
     waiting: deque[Future[Result]] = deque()

@@ -5,8 +5,8 @@ scaled spectra cross at component k,
 
     λ σ_query[k] = (1 - λ) σ_index[k],   so   λ = σ_index[k] / (σ_query[k] + σ_index[k]),
 
-and so the k strongest directions of the queries, such as what all of them share by their template,
-are the ones that weigh more than the index does.
+so that the queries' Hessian outweighs the index's just in the queries' k strongest directions.
+These hold what all queries share, such as their template, and the inverse then weighs them down.
 
 References:
     Chang et al. 2024, arXiv:2410.17413, section A.1.3.
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 WITHOUT_EIGENVALUES = 0.99
-"""λ where both spectra are zero at the component: the paper's for its larger set of queries."""
+"""λ where both spectra are zero at component k: the paper's value for its larger set of queries."""
 
 
 class Mixing(NamedTuple):
@@ -45,7 +45,7 @@ def mixing(
     Args:
         query: Eigenvalues of all of the query's modules, in any order; negative ones, which are
             rounding, count as zero.
-        index: The same of the index.
+        index: Eigenvalues of all of the index's modules, as many.
         components: k, how many directions to weigh down; 0 takes the query alone.
 
     Raises:

@@ -44,14 +44,14 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 @dataclass(frozen=True)
 class Projection:
-    """What random matrices gradients are projected with.
+    """The family of random matrices that gradients are projected with.
 
     Attributes:
         dimension: p. A matrix is [p, columns].
         kind: Entries ±1, or standard normal.
         scale: `jl` divides by √p, which keeps lengths in expectation; `row_norm` makes every row
             a unit vector.
-        seed: Another seed, other matrices; None is bergson's default.
+        seed: Every seed gives other matrices; None is bergson's default.
     """
 
     dimension: int
@@ -86,7 +86,7 @@ class Projection:
     ) -> list[Float[Array, "p _"]]:
         """Whole matrices [p, columns], scaled, one for each key.
 
-        Made together, as the beginnings of matrices of one width: the generator's few hundred
+        All are made at the largest width and then cut, so that the generator's few hundred
         operations are compiled once for all of them.
         """
 
@@ -118,9 +118,9 @@ def random_entries(
 
     Args:
         key: From `projection_key`.
-        rows: From row 0.
-        columns: How many.
-        kind: Of the entries.
+        rows: Number of rows, counted from row 0.
+        columns: Number of columns.
+        kind: Distribution of the entries.
         first_column: A multiple of 128; may be traced.
     """
     per_counter = COLUMNS_PER_COUNTER if kind == "rademacher" else 4
@@ -169,7 +169,7 @@ def _signs(words: tuple[Array, ...]) -> Float[Array, "r w 128"]:
 
 
 def _normals(words: tuple[Array, ...]) -> Float[Array, "r w 4"]:
-    """Box-Muller in float32: of each two words, a radius and an angle make two numbers."""
+    """Box-Muller in float32: two words give a radius and an angle, and these two numbers."""
     numbers = []
     for first, second in (words[:2], words[2:]):
         uniform = (first.astype(jnp.float32) + 0.5) * 2.0**-32
@@ -180,11 +180,12 @@ def _normals(words: tuple[Array, ...]) -> Float[Array, "r w 4"]:
 
 
 def global_chunks(projection: Projection, columns: int) -> tuple[int, dict[str, np.ndarray]]:
-    """How a global matrix of that many columns is streamed.
+    """Divide the columns of a global matrix into chunks, which are made one after the other.
 
     Returns:
-        The width of a chunk, and of every chunk: its `block`, its `first` column within that,
-        its place (`start`) among all columns, and how many columns are `valid`.
+        The width that all chunks have, and a table with a row per chunk: the number of its
+        `block`, its `first` column within the block, its `start` among all columns, and how many
+        of its columns are `valid` (the last chunk of a block may be narrower).
     """
     block = min(projection.global_block, columns)
     widest = max(1, CHUNK_ENTRIES // projection.dimension // COLUMNS_PER_COUNTER)
@@ -213,10 +214,10 @@ def project_global(
     """Flattened gradients times the transposed global matrix, of which only chunks ever exist.
 
     Args:
-        projection: Which matrix.
-        keys: From `Projection.global_keys`, for O · I columns.
-        u: A side of the gradients.
-        v: The other side.
+        projection: The family of the matrix.
+        keys: The matrix's, from `Projection.global_keys` for O · I columns.
+        u: Left vectors of the gradients' outer products.
+        v: Right vectors.
         factor: Multiplies every entry of a gradient.
         tokens: Whether each position is a row; otherwise positions are summed.
 

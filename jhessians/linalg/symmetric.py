@@ -1,10 +1,10 @@
-"""Gram matrices xᵀx, of which only the upper block rows are ever computed.
+"""Gram matrices xᵀx, of which only blocks on and above the diagonal are computed and kept.
 
-x: [row, feature]. A Gram of d features is kept packed: B blocks of consecutive rows, block k from
-its own first column to the last, so that it holds the diagonal block and all to the right of it.
-With B = 3 that is two thirds of the arithmetic and of the memory. Each block's operands are copied
-out of x: 4 blocks saved less than their copies cost (on 2 cores, steps of models with d from 256 to
-768), 2 were slower for the widest.
+x: [row, feature]. A Gram matrix of d features is symmetric, so it is kept packed: its rows are
+divided into B blocks, and each block holds the columns from its own diagonal block to the last.
+With B = 3 that is two thirds of the arithmetic and of the memory. Each block's operand is copied
+out of x, so more blocks need not be faster: measured on 2 cores in steps of models with d from 256
+to 768, 4 blocks saved less than their copies cost, and 2 were slower for the widest model.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ SMALLEST = 512  # measured on CPU: below, the smaller products cost more than th
 
 
 def block_bounds(d: int) -> list[tuple[int, int]]:
-    """First and last+1 row of each block of a packed d × d matrix."""
+    """The range of rows [start, stop) of each block of a packed d × d matrix."""
     blocks = BLOCKS if d >= SMALLEST else 1
     edges = [d * k // blocks for k in range(blocks + 1)]
     return list(zip(edges[:-1], edges[1:], strict=True))
@@ -38,7 +38,7 @@ def packed_gram(
     multiple: int = 1,
     dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, "_ _"], ...]:
-    """The packed Gram of x; arguments as in `packed_product`."""
+    """The packed Gram matrix xᵀx; arguments as in `packed_product`."""
     return packed_product(x, x, counted=counted, multiple=multiple, dtype=dtype)
 
 
@@ -50,15 +50,15 @@ def packed_product(
     multiple: int = 1,
     dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, "_ _"], ...]:
-    """xᵀy, packed, where it is known to be symmetric.
+    """xᵀy packed, of which the caller knows that it is symmetric.
 
     Args:
-        x: Rows to sum over.
-        y: Likewise.
-        counted: Which rows to sum over; default all. In the others x and y must be finite.
-        multiple: Blocks' rows are padded with zeros to a multiple of this, the operand rather
-            than the product.
-        dtype: In which to accumulate; default that of x.
+        x: One vector per row.
+        y: One vector per row, as many as in x.
+        counted: Which rows are summed, by default all. The other rows must be finite too.
+        multiple: The rows of each block are padded with zeros to a multiple of this, so that
+            they divide among devices. The operand is padded, which costs less than the product.
+        dtype: Number format of the running sum, by default that of x.
 
     Returns:
         One array per block, (padded rows, d - first row).
@@ -69,7 +69,7 @@ def packed_product(
     blocks = []
     for start, stop in block_bounds(x.shape[1]):
         left = x[:, start:stop]
-        if counted is not None:  # of one operand, in the copy that is made of it anyway
+        if counted is not None:  # masking one operand is enough, and this one is copied anyway
             left = jnp.where(counted[:, None], left, 0)
         if missing := -(stop - start) % multiple:
             left = jnp.pad(left, ((0, 0), (0, missing)))

@@ -12,11 +12,18 @@ from jhessians.typing import Array, DTypeLike, Float
 def biases(
     config: AlibiConfig, heads: int, positions: int, dtype: DTypeLike
 ) -> Float[Array, "h s"]:
-    """What is added to every logit of a key, [head, key's position].
+    """What is added to the attention logits, [head, key's position].
 
-    The paper's bias is slope · (key - query); a softmax doesn't see what all keys of a query share,
-    so the key's position alone does. The models were trained with biases in their own dtype, and
-    its rounding, which grows with the position, is part of them.
+    The paper's bias is slope · (key's position - query's position). A softmax over keys doesn't
+    change when all its logits change by the same amount, so the query's position is left out. The
+    models were trained with biases in their own number format, whose rounding errors grow with the
+    position, so these are made in the same way.
+
+    Args:
+        config: Scale and rounding.
+        heads: Number of query heads.
+        positions: Length of the padded documents.
+        dtype: The model's number format.
     """
     rounded = jnp.bfloat16 if config.bfloat16 else jnp.dtype(dtype)
     slope = jnp.asarray(slopes(heads), jnp.float32)
@@ -29,7 +36,8 @@ def biases(
 def slopes(heads: int) -> np.ndarray:
     """Each head's slope, [head]: a geometric series, for 8 heads 1/2, 1/4, … 1/256.
 
-    Between powers of two, heads beyond the lower one take every other slope of the higher one.
+    If the number of heads is no power of two, the next lower one's series comes first, and the
+    remaining heads take every other slope of the next higher one's.
     """
     lower = 2 ** math.floor(math.log2(heads))
 

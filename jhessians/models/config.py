@@ -1,8 +1,8 @@
 """What distinguishes one decoder from another, as plain values.
 
-Every choice is a value of one of the parts below: how norms compute and where they stand, how
-attention projects, sees positions and limits its sight, what the MLP is. A setting that may differ
-from layer to layer is a tuple with one entry per layer; an empty tuple stands for its default.
+The classes below hold the choices for norms, position embeddings, attention, MLPs and experts, and
+`DecoderConfig` combines them. A setting that may differ from layer to layer is a tuple with one
+entry per layer; an empty tuple stands for its default.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class NormConfig:
         epsilon: Added to the variance or mean square.
         scale: Whether the result is multiplied by a learned vector.
         bias: Whether a learned vector is added.
-        offset: Added to the stored scale: 1 where weights scatter around zero.
-        wide_scale: Whether the product with the scale comes before the rounding to the model's
-            dtype, or after it.
+        offset: Added to the stored scale; 1 for families that store the difference from one.
+        wide_scale: Whether the result is multiplied by the scale before it is rounded to the
+            model's number format, or after.
     """
 
     kind: Literal["layer", "rms"]
@@ -39,17 +39,19 @@ class RopeConfig:
         dimensions: How many of a head's features are rotated, the first ones.
         theta: Base of the wavelengths.
         kind: How frequencies are stretched beyond the context that the model was trained on.
-        factor: By how much.
+        factor: By how much they are stretched.
         original_positions: The context length it was trained on.
         low_frequency_factor: llama3 only: wavelengths over `original / this` are stretched fully.
         high_frequency_factor: llama3 only: wavelengths under `original / this` are kept.
         beta_fast: yarn only: rotations over the original context above which one is kept.
         beta_slow: yarn only: rotations below which one is stretched fully.
         truncate: yarn only: whether the ramp's ends are rounded to whole features.
-        short_factors: longrope only: of each wavelength, for documents within the original context.
-        long_factors: longrope only: for longer ones.
+        short_factors: longrope only: factor on each wavelength in documents within the original
+            context.
+        long_factors: longrope only: factor on each wavelength in longer documents.
         scale: Factor on cosine and sine.
-        interleaved: Whether a pair is two neighbours, or k and k + dimensions / 2.
+        interleaved: Whether the two features that are rotated together are neighbours; otherwise
+            they are k and k + dimensions / 2.
     """
 
     dimensions: int
@@ -74,7 +76,7 @@ class AlibiConfig:
 
     Attributes:
         scale: Factor on the biases.
-        bfloat16: Whether they are rounded to bfloat16 whatever the model's dtype.
+        bfloat16: Whether they are rounded to bfloat16 whatever the model's number format.
     """
 
     scale: float = 1.0
@@ -90,19 +92,21 @@ class AttentionConfig:
         key_value_heads: Heads of keys and values, a divisor of `heads`.
         head_size: Features per head.
         fused: None if query, key and value are three linears; else how one linear's output is
-            divided: in `blocks` (all queries, all keys, all values), or in `groups` (for every
-            key-value head its queries, its key, its value).
+            divided: in `blocks`, all queries before all keys and all values, or in `groups`, the
+            queries, key and value of one key-value head before those of the next.
         bias: Whether query, key and value have biases.
-        output_bias: Whether the output has one.
-        clip: Bound on the magnitudes of query, key and value, normed if they are.
+        output_bias: Whether the output linear has a bias.
+        clip: Bound on the magnitudes of query, key and value, after their norms if there are any.
         qk_norm: Norm of queries and keys before their rotation.
-        qk_norm_span: What is normed at once and has a scale: a `head`, all heads with one scale;
-            `heads`, each with its own; or `all` features together.
+        qk_norm_span: What one norm covers: `head`, the features of one head, with a scale that all
+            heads share; `heads`, the same with a scale for each head; or `all`, the features of
+            all heads together.
         scales: Multiplies query · key; by default 1 / sqrt(head size) in every layer.
         softcap: c in c · tanh(logit / c).
-        windows: How many positions back a layer sees, its own included; None for all.
+        windows: How many positions each layer sees, the query's own and those before it; None
+            for all.
         ropes: The rotations that layers choose from.
-        layer_ropes: Which one each layer takes, None for none; by default the first one.
+        layer_ropes: Index into `ropes` for each layer, None for no rotation; by default 0.
         alibi: Linear biases, or None.
         sinks: Whether each head has a learned logit that takes part in the softmax and attends to
             nothing (Xiao et al. 2023, arXiv:2309.17453).
@@ -134,11 +138,11 @@ class MLPConfig:
         size: Features inside.
         activation: Name of the nonlinearity.
         kind: `plain`, down(activation(up(x))); `gated`, down(activation(gate(x)) · up(x)); or gated
-            with gate and up as one linear: `fused`, all of gate and then all of up; `interleaved`,
-            turn by turn.
+            with gate and up as one linear, whose output is `fused`, all of gate before all of up,
+            or `interleaved`, features of gate and up in turn.
         bias: Whether the linears have biases.
-        limit: Fused only: bound on gate from above and on the magnitude of up.
-        up_offset: Fused only: added to up.
+        limit: For one linear only: upper bound on gate, and bound on the magnitude of up.
+        up_offset: For one linear only: added to up.
     """
 
     size: int
@@ -155,11 +159,11 @@ class ExpertsConfig:
 
     Attributes:
         count: E.
-        chosen: k, how many of them read a token.
-        mlp: Of each expert; gate and up are one linear.
+        chosen: k, how many experts read each token.
+        mlp: The MLP that each expert is; its gate and up are one linear.
         router_bias: Whether the router's logits have a bias.
         normalize: Whether the weights of the chosen experts add up to one.
-        shared: An MLP for all tokens, behind a gate of its own; None if there isn't one.
+        shared: An MLP that reads all tokens, with a gate of its own; None if there isn't one.
     """
 
     count: int
@@ -181,22 +185,22 @@ class DecoderConfig:
         layers: L.
         positions: Longest document that it takes, in tokens.
         norm: Every norm over the residual stream.
-        attention: Of every block.
-        mlp: Of every block without experts.
-        experts: Of every block, instead of `mlp`.
+        attention: The attention of every block.
+        mlp: The MLP of every block without experts.
+        experts: The experts of every block, instead of `mlp`.
         norm_placement: What is normed: each branch's `input`, its `output`, `both`, or the `sum` of
             stream and branch, as in the original transformer.
-        residual: Attention and MLP `sequential`, or `parallel`: both read the block's input, each
-            normed on its own; `shared` is parallel behind one norm.
-        residual_scale: Factor on what a branch adds to the stream.
+        residual: `sequential`, the MLP reads what attention has added to; `parallel`, both read
+            the block's input, each through a norm of its own; or `shared`, both through one norm.
+        residual_scale: Factor on what attention and MLP add to the stream.
         learned_positions: Whether a learned embedding of the position is added to the token's.
-        position_offset: Row of that table at which position 0 is.
-        embedding_size: Width of the token embedding where it isn't the stream's: linears then lead
-            from one to the other and back.
+        position_offset: The row of that embedding which position 0 takes.
+        embedding_size: Width of the token embedding if it isn't the stream's; one linear then leads
+            from the embedding to the stream, and another from the stream to the head.
         embedding_scale: Factor on the token embedding.
         embedding_norm: Whether the stream is normed before the first block.
-        final_norm: Whether it is normed after the last one.
-        tied_embeddings: The head is the token embedding.
+        final_norm: Whether the stream is normed after the last block.
+        tied_embeddings: Whether the head is the token embedding.
         head_bias: Whether logits have a bias.
         logit_scale: Factor on the logits.
         logit_softcap: c in c · tanh(logit / c).

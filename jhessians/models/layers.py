@@ -15,7 +15,7 @@ from jhessians.capture.tape import Tapped, attach
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 PRODUCT = "matrix product"
-"""What a value is called, by `checkpoint_name`, that a policy of matrix products wouldn't know."""
+"""The `checkpoint_name` of products that a checkpoint policy would not recognise as such."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -32,12 +32,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    """The type for sums and softmaxes of `dtype`'s numbers."""
+    """float64 for float64, float32 for every other format: where sums and softmaxes are made."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def per_feature(vector: Float[Array, " d"], x: Float[Array, "*rows d"]) -> Float[Array, "*one d"]:
-    """A vector of features with as many axes as `x`; nothing here relies on rank promotion."""
+    """A vector of features with axes of size one in front, so that it can be combined with `x`."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
@@ -50,10 +50,10 @@ class Linear(Tapped):
         in_features: I.
         out_features: O.
         use_bias: Whether there is a b.
-        name: Under which name its statistics are reported, by default its path in the model;
-            `{layer}` stands for the layer's number inside a `Stack`.
-        dtype: Of the parameters.
-        rngs: Seeds the kernel, normal with standard deviation 1 / sqrt(I).
+        name: Name of its statistics, by default its path in the model; inside a `Stack`,
+            `{layer}` stands for the layer's number.
+        dtype: Number format of the parameters.
+        rngs: Draws the kernel, normal with standard deviation 1 / sqrt(I).
     """
 
     adapter: Any = None
@@ -92,10 +92,10 @@ class Stack(Tapped):
 
     Args:
         create: Builds one block from its own random streams.
-        count: L.
-        rngs: Split into L streams.
-        save_products: Keep the blocks' matrix products for the backward pass (faster) instead of
-            recomputing them (leaner).
+        count: L, the number of blocks.
+        rngs: The random streams, which are split among the blocks.
+        save_products: Whether the blocks' matrix products are stored for the backward pass, which
+            is faster, or computed again, which takes less memory.
     """
 
     scans = True
@@ -121,9 +121,10 @@ class Stack(Tapped):
         """Run the blocks in order.
 
         Args:
-            h: What the first block reads.
-            shared: Goes to every block beside `h`.
-            each_layer: Arrays with a leading layer axis; block l gets the l-th entries, last.
+            h: Input of the first block.
+            shared: Further arguments of every block.
+            each_layer: Arrays with a leading layer axis; block l gets their l-th entries as its
+                last arguments.
         """
         graph, state = nnx.split(self.blocks)
         tape = self.tape

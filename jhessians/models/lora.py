@@ -12,20 +12,20 @@ from jhessians.typing import Array, DTypeLike, Float
 
 
 class LoRA(nnx.Module):
-    """scale · (x A) B, to be set as a `Linear`'s `adapter`; A and B are linears of their own.
+    """scale · (x A) B, to be set as the `adapter` of a `Linear`. A and B are recorded as linears.
 
     Args:
-        in_features: I, of the linear.
-        out_features: O, of the linear.
-        rank: r.
-        scale: Of the output.
-        name: What A's and B's names begin with, before `.lora_A` and `.lora_B`; by default their
-            paths are their names.
-        suffix: What those names end with.
-        members: The layers of a stack that have the adapter, ascending; elsewhere A and B are
-            zero and not recorded. Default all.
-        dtype: Of the parameters.
-        rngs: Seeds A and B.
+        in_features: Input features of the adapted linear.
+        out_features: Output features of the adapted linear.
+        rank: r, the features between A and B.
+        scale: Factor on the output.
+        name: Beginning of A's and B's names, before `.lora_A` and `.lora_B`; by default their
+            names are their paths.
+        suffix: End of these names.
+        members: The layers of a stack that have the adapter, ascending, by default all. In the
+            others A and B are zero and not recorded.
+        dtype: Number format of the parameters.
+        rngs: Draws A and B.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class LoRA(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows i"]) -> Float[Array, "*rows o"]:
         y = self.lora_B(self.lora_A(x))
-        # In a wide type, for a scale such as alpha / sqrt(r) is no number of bfloat16.
+        # In a wide format: bfloat16 would round a scale such as alpha / sqrt(r).
         return (y.astype(at_least_float32(y.dtype)) * self.scale).astype(y.dtype)
 
 
 def freeze(model: nnx.Module) -> None:
-    """Let no linear of `model` be recorded; those of adapters that are added later are."""
+    """Exclude all linears of `model` from recording, but not those of adapters added later."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Tapped) and not module.scans:
             module.frozen = True

@@ -14,9 +14,10 @@ from jax import lax
 from jhessians.data.batching import Batch
 from jhessians.models.decoder import Decoder
 from jhessians.models.layers import at_least_float32
-from jhessians.typing import Array, Float, Int
+from jhessians.models.noise import fold_in, gumbel, key_of
+from jhessians.typing import Array, Float, Int, Int32
 
-CHUNK_LOGITS = 1 << 22  # logits of a chunk: 16 MiB in float32, of which a few copies live at once
+CHUNK_LOGITS = 1 << 22  # logits of a chunk: 16 MiB in float32, of which a few copies exist at once
 NO_LABEL = -100
 
 
@@ -25,13 +26,14 @@ class NextTokenLoss:
     """The loss whose gradients the curvature is made of; `loss(model, batch)` sums over documents.
 
     Attributes:
-        labels: `dataset` for the empirical Fisher; `sampled` draws every label from the model's
-            own distribution, which gives the true Fisher in expectation. Only positions with a
-            data-set label get one either way.
+        labels: `dataset` takes the data set's labels, for the empirical Fisher; `sampled` draws
+            each from the model's own distribution, which gives the true Fisher in expectation, and
+            only at positions that have a label in the data set.
         reduction: `sum`; `mean`, which divides the gradient by the square root of the document's
             labelled positions, since a curvature is quadratic in it; or `mean_gradient`, which
             divides it by their number, where the gradient itself is wanted.
-        seed: Of the draws. A label depends on (seed, document, position) and on nothing else.
+        seed: Seed of the draws. A draw's random numbers depend on (seed, draw, document, position)
+            and on nothing else.
         draws: K, labels sampled per position from one forward pass. The loss is then a vector of
             K, over which statistics are averaged: the Fisher's variance falls as 1 / K.
         function: `cross_entropy`, or `log_odds`, -log(p / (1 - p)) of the label's probability
@@ -143,32 +145,43 @@ def sample(
     position: Int[Array, " t"],
     seed: int,
     draw: Int[Array, ""] | int = 0,
-) -> Int[Array, " t"]:
+) -> Int32[Array, " t"]:
     """One label per row from softmax(logits): first a block of tokens, then one of its tokens.
 
     Both draws use the Gumbel-max trick, and the two stages take 2 √V random numbers a row instead
     of V. The row's key is a function of (seed, draw, document, position), so the label does not
     move with batch, padding or mesh. (Inverting the distribution function would take a single
     random number, but there rounding moves the result far more often.)
+
+    Everything is in float32, and the generator is fixed: models in float32 and float64 draw the
+    same labels, however JAX is configured (but where rounding of the logits decides between two).
+
+    Args:
+        logits: Of any floating-point type; -inf for tokens that cannot be drawn.
+        document: Number of each row's document.
+        position: Number of each row's position in its document.
+        seed: Other seeds draw other labels.
+        draw: The same for several draws from the same logits.
     """
     rows, vocabulary = logits.shape
     width = math.isqrt(vocabulary - 1) + 1
     blocks = -(-vocabulary // width)
     missing = blocks * width - vocabulary
-    padded = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    padded = jnp.pad(logits.astype(jnp.float32), ((0, 0), (0, missing)), constant_values=-jnp.inf)
     by_block = padded.reshape(rows, blocks, width)
 
-    of_draw = jax.random.fold_in(jax.random.key(seed), draw)
+    of_draw = fold_in(key_of(seed), draw)
 
     def noise(document: Array, position: Array) -> tuple[Array, Array]:
-        key = jax.random.fold_in(jax.random.fold_in(of_draw, document), position)
-        for_block, for_token = jax.random.split(key)
-        return (
-            jax.random.gumbel(for_block, (blocks,), logits.dtype),
-            jax.random.gumbel(for_token, (width,), logits.dtype),
-        )
+        key = fold_in(fold_in(of_draw, document), position)
+        return gumbel(fold_in(key, 0), blocks), gumbel(fold_in(key, 1), width)
 
     block_noise, token_noise = jax.vmap(noise)(document, position)
-    block = jnp.argmax(jax.nn.logsumexp(by_block, axis=-1) + block_noise, axis=-1)
+    block = _argmax(jax.nn.logsumexp(by_block, axis=-1) + block_noise)
     within = jnp.take_along_axis(by_block, block[:, None, None], axis=1)[:, 0]
-    return block * width + jnp.argmax(within + token_noise, axis=-1)
+    return block * width + _argmax(within + token_noise)
+
+
+def _argmax(x: Float[Array, "t n"]) -> Int32[Array, " t"]:
+    # jnp.argmax would count in 64 bits where those are allowed.
+    return lax.argmax(x, 1, jnp.int32)

@@ -1,4 +1,4 @@
-"""The MLP of a block: two linears, three, or two of which one is two side by side."""
+"""The MLP of a block: two linears, or three if it is gated, of which two may be fused into one."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,10 +12,10 @@ class MLP(nnx.Module):
     """down(activation(up(x))), or gated by activation(gate(x)).
 
     Args:
-        hidden: Features outside.
-        config: Which of the linears there are.
-        dtype: Of the parameters.
-        rngs: For random ones.
+        hidden: Features of input and output.
+        config: Which linears there are, and the nonlinearity.
+        dtype: Number format of the parameters.
+        rngs: Draws the parameters.
     """
 
     def __init__(self, hidden: int, config: MLPConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -42,7 +42,7 @@ class MLP(nnx.Module):
 
 
 def gated(config: MLPConfig, gate_up: Float[Array, "*rows f"]) -> Float[Array, "*rows h"]:
-    """What a fused linear's output comes to: activation(gate) · (up + offset), f = 2 h."""
+    """activation(gate) · (up + offset) from a fused linear's output, which holds both: f = 2 h."""
     c = config
     if c.kind == "interleaved":
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]

@@ -1,4 +1,4 @@
-"""Norms over the last axis, by their `NormConfig`."""
+"""Layer norm and RMS norm over the last axis, as a `NormConfig` says."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,10 +13,10 @@ class Norm(nnx.Module):
     """(x - mean) / sqrt(variance + epsilon) * (offset + scale) + bias, at least in float32.
 
     Args:
-        features: The last axis of what is normed; with more axes before it, each of their entries
-            has a scale of its own.
+        features: Size of the last axis. A tuple gives sizes of the last axes; the norm is over the
+            last one alone, and each entry of the others has a scale of its own.
         config: Which parts of the formula there are.
-        dtype: Of the parameters.
+        dtype: Number format of the parameters.
     """
 
     def __init__(
@@ -54,6 +54,6 @@ def apply(norm: Norm | None, x: Float[Array, "*rows d"]) -> Float[Array, "*rows 
 
 
 def _like(parameter: Array, x: Array) -> Array:
-    """A parameter with the axes and the dtype of `x`; nothing here relies on promotion."""
+    """A parameter with as many axes as `x` and its number format, to be combined with it."""
     missing = (1,) * (x.ndim - parameter.ndim)
     return parameter.reshape(missing + parameter.shape).astype(x.dtype)

@@ -301,6 +301,15 @@ def test_a_broken_pipeline_import_is_a_fault(capsys, monkeypatch):
     assert "ModuleNotFoundError" in only_error(capsys)
 
 
+def test_option_names_in_errors_become_flags(capsys, pipeline):
+    message = "`max_tokens` 1 is too few: raise it, see `devices` or `jhessians compute`"
+    pipeline.body = failing(DatasetError(message))
+    assert main(["compute", "runs/x", "--quiet"]) == 1
+    # Words that are no option of this command stay as they are.
+    expected = message.replace("`max_tokens`", "--max_tokens")
+    assert only_error(capsys) == f"jhessians: error: {expected}"
+
+
 def test_a_reader_that_leaves_early_is_no_error():
     done = subprocess.run(
         f"set -o pipefail; {sys.executable} -m jhessians compute --help | true",

@@ -233,7 +233,7 @@ def test_long_documents(tmp_path, tokenizer):
     file = write_rows(tmp_path / "d.jsonl", rows)
     length = len(tokenizer(rows[1]["text"])["input_ids"])
     message = refused(f"row 1 has {length} tokens", lambda: load(file, tokenizer, max_length=20))
-    assert "20" in message and "--truncation" in message and "--token_batch_size" in message
+    assert "20" in message and "`truncation`" in message and "`token_batch_size`" in message
     assert load(file, tokenizer, max_length=20, truncation=True).lengths.tolist() == [2, 20]
 
 
@@ -256,7 +256,7 @@ def test_long_documents(tmp_path, tokenizer):
     ],
 )
 def test_options_that_make_no_sense(options):
-    refused("--", lambda: DataOptions(**({"dataset": "d.jsonl"} | options)), ConfigError)
+    refused("`[a-z_]+`", lambda: DataOptions(**({"dataset": "d.jsonl"} | options)), ConfigError)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_options_that_make_no_sense(options):
         (
             "a.jsonl",
             '{"txt": "x", "id": 1}\n',
-            "column 'text'.*'txt', 'id'.*--prompt_column txt",
+            "column 'text'.*'txt', 'id'.*`prompt_column` txt",
         ),
         ("a.jsonl", '{"text": "x"}\n{"text": null}\n', "row 1, column 'text'.*null"),
         ("a.jsonl", '{"text": 3}\n', "row 0.*int 3"),
@@ -292,7 +292,7 @@ def test_unreadable_data(name, content, match, tmp_path, tokenizer):
 def test_missing_completion_column(tmp_path, tokenizer):
     file = write_rows(tmp_path / "d.jsonl", [{"text": "a", "completions": "b"}])
     message = refused("'completion'", lambda: load(file, tokenizer, completion_column="completion"))
-    assert "--completion_column completions" in message
+    assert "`completion_column` completions" in message
 
 
 def test_vocabulary_smaller_than_the_tokenizers(tmp_path, tokenizer):
@@ -308,7 +308,7 @@ def test_hub_that_is_out_of_reach_suggests_a_local_path(tokenizer):
 
 def test_subset_of_a_file(tmp_path, tokenizer):
     file = write_rows(tmp_path / "d.jsonl", [{"text": "the cat"}])
-    refused("--subset", lambda: load(file, tokenizer, subset="en"), ConfigError)
+    refused("`subset`", lambda: load(file, tokenizer, subset="en"), ConfigError)
 
 
 def test_nothing_is_printed_and_settings_are_put_back(tmp_path, capfd, caplog):

@@ -1,4 +1,4 @@
-"""What we write is what bergson reads, and the tree that the seed wrote."""
+"""What we write is what bergson reads, and the tree that earlier versions of it wrote."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from jhessians.interop.load import FactorStore
 from tests.interop.synthetic import N_DOCS, SIZES, TOTAL, export, files_in, make_factors
 from tests.tolerances import DAMPED_INVERSE
 
-SEED_TREE = {
+OLDER_TREE = {
     "config.json",
     "normalizers.pth",
     "preconditioners.pth",
@@ -91,23 +91,23 @@ def test_bergson_applies_the_inverse_of_what_we_wrote(tmp_path, factors, inversi
         assert np.abs(ours - expected).max() < DAMPED_INVERSE * np.abs(expected).max()
 
 
-def test_trees_share_files_and_the_seeds_tree_is_complete(tmp_path, factors):
+def test_trees_share_files_and_the_older_one_is_complete(tmp_path, factors):
     export(tmp_path, factors)
     for kind, entry in KINDS.items():
-        seed = kind_folder(tmp_path, kind, "seed")
-        if seed is None:
+        older = kind_folder(tmp_path, kind, "influence_results")
+        if older is None:
             continue
-        for shard in seed.iterdir():
+        for shard in older.iterdir():
             same = shard.samefile(tmp_path / entry.folder / shard.name)
-            assert same != entry.seed_per_position
+            assert same != entry.older_per_position
     assert len(list((tmp_path / "influence_results").iterdir())) == 7
 
 
-def test_seed_layout_writes_the_seeds_tree_and_nothing_else(tmp_path, factors):
-    export(tmp_path, factors, layout="seed", shards=4)
+def test_influence_results_layout_writes_the_older_tree_and_nothing_else(tmp_path, factors):
+    export(tmp_path, factors, layout="influence_results", shards=4)
     expected = {
         f"{name}/shard_{r}.safetensors" if name.endswith("_sharded") else name
-        for name in SEED_TREE - {"config.json"}  # the run's options come from write_config
+        for name in OLDER_TREE - {"config.json"}  # the run's options come from write_config
         for r in range(4)
     }
     assert files_in(tmp_path) == expected
@@ -121,10 +121,10 @@ def test_seed_layout_writes_the_seeds_tree_and_nothing_else(tmp_path, factors):
     for module, value in factors["eigenvalue_correction"].items():
         np.testing.assert_allclose(correction[module].numpy(), value * (N_DOCS / TOTAL), rtol=1e-6)
     store = FactorStore(results)
-    assert store.layout == "seed" and store.total_processed == TOTAL
+    assert store.layout == "influence_results" and store.total_processed == TOTAL
 
 
-def test_bergson_layout_has_no_seed_files(tmp_path, factors):
+def test_bergson_layout_has_no_files_of_the_older_tree(tmp_path, factors):
     export(tmp_path, factors, layout="bergson", shards=1)
     folders = {f"{entry.folder}/shard_0.safetensors" for entry in KINDS.values()}
     assert files_in(tmp_path) == folders | {"total_processed.pt"}
@@ -147,13 +147,13 @@ def test_a_second_export_with_fewer_shards_leaves_none_of_the_first(tmp_path, fa
     export(tmp_path, factors, shards=5)
     before = FactorStore(tmp_path).read("eigenvalue", "tiny")
     export(tmp_path, factors, shards=2)
-    assert FactorStore(tmp_path).shards == FactorStore(tmp_path, "seed").shards == 2
+    assert FactorStore(tmp_path).shards == FactorStore(tmp_path, "influence_results").shards == 2
     np.testing.assert_array_equal(FactorStore(tmp_path).read("eigenvalue", "tiny"), before)
 
 
-def test_the_seeds_processor_file_has_no_key_its_reader_lacks(tmp_path, factors):
-    """The seed's reader passed every key of processor_config.json on as an argument."""
-    export(tmp_path, factors, layout="seed")
+def test_the_older_processor_file_has_no_key_its_reader_lacks(tmp_path, factors):
+    """Its reader passed every key of processor_config.json on as an argument."""
+    export(tmp_path, factors, layout="influence_results")
     keys = json.loads((tmp_path / "processor_config.json").read_text())
     assert set(keys) == {"projection_dim", "reshape_to_square", "projection_type"}
     assert GradientProcessor(**keys).projection_dim is None

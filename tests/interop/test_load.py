@@ -30,7 +30,7 @@ def test_remainder_in_the_last_shard_is_caught(tmp_path):
         load_factors(tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["both", "bergson", "seed"])
+@pytest.mark.parametrize("layout", ["both", "bergson", "influence_results"])
 def test_our_reader_gives_the_same_for_any_number_of_shards(tmp_path, factors, layout):
     for count in (1, 3, 8):
         root = tmp_path / str(count)
@@ -39,14 +39,14 @@ def test_our_reader_gives_the_same_for_any_number_of_shards(tmp_path, factors, l
         assert store.shards == count
         assert store.modules == tuple(SIZES)
         assert store.total_processed == TOTAL
-        assert store.layout == ("seed" if layout == "seed" else "bergson")
+        assert store.layout == ("influence_results" if layout == "influence_results" else "bergson")
         read = load_factors(root)
         for kind in store.kinds:
             for module, value in factors[kind].items():
-                if layout == "seed" and kind == "eigenvalue_correction":
+                if layout == "influence_results" and kind == "eigenvalue_correction":
                     value = value * np.float32(N_DOCS / TOTAL)
                 np.testing.assert_array_equal(read[kind][module], value)
-        assert set(read) == set(factors) if layout != "seed" else len(read) == 5
+        assert set(read) == set(factors) if layout != "influence_results" else len(read) == 5
 
 
 def test_bfloat16_survives_a_round_trip(tmp_path, factors):

@@ -200,7 +200,7 @@ BROKEN = {
     "frozen": (
         lambda c: first_state(c).update(param_name="transformer.x.weight"),
         CheckpointError,
-        "no second moment of transformer.h.1.attn.c_attn.weight; .*--filter_modules",
+        "no second moment of transformer.h.1.attn.c_attn.weight; .*`filter_modules`",
     ),
     "twice": (double, CheckpointError, "twice; expected it once"),
     "fewer": (replace_group, CheckpointError, "param_groups of 27 parameters, while .* has 28"),

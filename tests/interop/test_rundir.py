@@ -54,7 +54,7 @@ def test_an_interrupted_run_leaves_nothing_new(tmp_path, stop, overwrite):
 
 def test_an_existing_path_is_refused_before_any_work(tmp_path):
     make(tmp_path / "run")
-    with pytest.raises(OutputError, match="exists already.*--overwrite") as raised:
+    with pytest.raises(OutputError, match="exists already.*`overwrite`") as raised:
         RunDirectory(tmp_path / "run").__enter__()
     assert "\n" not in str(raised.value)
     assert names(tmp_path) == ["run"]

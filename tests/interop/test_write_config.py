@@ -47,7 +47,7 @@ def test_bergson_hydrates_and_replays_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layout", "names"), [("bergson", {"config.yaml"}), ("seed", {"config.json"})]
+    ("layout", "names"), [("bergson", {"config.yaml"}), ("influence_results", {"config.json"})]
 )
 def test_each_tree_gets_its_own_file(tmp_path, layout, names):
     write_config(tmp_path, DOCUMENT, {}, layout=layout)

@@ -275,7 +275,7 @@ def test_commands_are_left_out_where_bergson_has_no_such_gradients():
     config = ComputeConfig(run_path="r", method="autocorrelation", normalizer="adam")
     shell, python = next_steps(config, model="m", dataset="d", shards=1)
     assert shell == "" and "GradientProcessor.load('r')" in python
-    config = dataclasses.replace(config, normalizer="none", layout="seed")
+    config = dataclasses.replace(config, normalizer="none", layout="influence_results")
     assert next_steps(config, model="m", dataset="d", shards=1) == ("", "")
 
 

@@ -1,5 +1,6 @@
 """The chunked loss against plain cross-entropy in float64, and labels drawn from the model."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 
 from jhessians.data.batching import Batch
 from jhessians.models import loss as loss_module
+from jhessians.models import noise
 from jhessians.models.decoder import Decoder
 from jhessians.models.loss import NextTokenLoss, sample
 from tests.small import decoder, relative_error
@@ -214,3 +216,81 @@ def test_a_draw_is_a_function_of_seed_document_and_position():
         draw(logits, document, position, seed=8),
     ):
         assert (other != drawn).mean() > 0.5
+
+
+# Option of JAX, what it is when nobody sets it, and what somebody may set it to.
+CONFIGURATIONS = [
+    ("jax_enable_x64", False, True),
+    ("jax_default_prng_impl", "threefry2x32", "rbg"),
+    ("jax_default_prng_impl", "threefry2x32", "unsafe_rbg"),
+    ("jax_threefry_partitionable", True, False),
+    ("jax_high_dynamic_range_gumbel", False, True),
+    ("jax_random_seed_offset", 0, 5),
+]
+
+
+@contextlib.contextmanager
+def configured(option, default, value):
+    jax.config.update(option, value)
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        jax.config.update(option, default)
+        jax.clear_caches()
+
+
+def rows_to_draw(count=200, vocabulary=37):
+    random = np.random.default_rng(vocabulary)
+    rows = np.arange(count, dtype=np.int32)
+    return 3 * random.standard_normal((count, vocabulary)), rows % 5, rows
+
+
+# Drawn while labels still came from `jax.random`, which nobody had configured.
+RECORDED = [
+    29, 11, 29, 31, 23, 33, 25, 13, 12, 4, 25, 15,
+    21, 4, 32, 29, 3, 18, 17, 31, 36, 14, 0, 29,
+]  # fmt: skip
+
+
+def test_a_replayed_run_draws_the_labels_that_were_recorded():
+    logits, document, position = rows_to_draw(24)
+    drawn = draw(logits.astype(np.float32), document, position, seed=7)
+    assert drawn.tolist() == RECORDED
+
+
+@pytest.mark.parametrize(("option", "default", "value"), CONFIGURATIONS)
+def test_labels_do_not_move_with_jaxs_configuration(option, default, value):
+    logits, document, position = rows_to_draw()
+    narrow = logits.astype(np.float32)
+    expected = draw(narrow, document, position, seed=2**32 - 1)
+    with configured(option, default, value):
+        found = draw(narrow, document, position, seed=2**32 - 1)
+        # What `jax.random` itself draws does move, which is why none of it is used.
+        theirs = jax.random.gumbel(jax.random.split(jax.random.key(3))[0], (9,))
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.int32
+    ours = jax.random.gumbel(jax.random.split(jax.random.key(3))[0], (9,))
+    assert theirs.dtype != ours.dtype or (np.asarray(theirs) != np.asarray(ours)).all()
+
+
+def test_labels_do_not_move_with_the_models_precision():
+    logits, document, position = rows_to_draw(2000)
+    narrow = logits.astype(np.float32)
+    expected = draw(narrow, document, position, seed=1)
+    with configured("jax_enable_x64", False, True):
+        for wide in (narrow.astype(np.float64), logits):
+            np.testing.assert_array_equal(draw(wide, document, position, seed=1), expected)
+
+
+def test_noise_is_that_of_jax_as_nobody_configured_it():
+    key = jax.random.key(11)
+    for number in (0, 5, 2**31 - 1):
+        ours = noise.fold_in(noise.key_of(11), number)
+        theirs = jax.random.fold_in(key, number)
+        np.testing.assert_array_equal(ours, jax.random.key_data(theirs))
+        for count in (1, 8, 225):
+            np.testing.assert_array_equal(
+                jax.jit(noise.gumbel, static_argnums=1)(ours, count),
+                jax.jit(lambda k, n=count: jax.random.gumbel(k, (n,), jnp.float32))(theirs),
+            )

@@ -254,5 +254,5 @@ def test_next_steps_leave_out_what_bergson_would_get_wrong():
     config = ComputeConfig(run_path="r", modules=("*.mlp.*",))
     shell, python = next_steps(config, model="m", dataset="d", shards=1)
     assert shell == "" and "from_path('r'" in python
-    config = ComputeConfig(run_path="r", layout="seed")
+    config = ComputeConfig(run_path="r", layout="influence_results")
     assert next_steps(config, model="m", dataset="d", shards=1) == ("", "")

@@ -35,13 +35,13 @@ def next_steps(
             token batch.
 
     Returns:
-        Both are empty with `--layout seed`, which bergson 2.5.1 does not read. A method that
-        bergson lacks has no command, and Python of ours. The commands are
-        empty with `--modules`, which bergson does not know: it would score the other modules
-        without a preconditioner, in silence. They are also empty for a Flax checkpoint, and where
-        bergson could not make the gradients that a dense Hessian belongs to.
+        Both are empty with `--layout influence_results`, which bergson 2.5.1 does not read. For a
+        method that bergson lacks there is no command, and the Python is ours. There is no command
+        with `--modules` either, since bergson, which does not know it, would score the other
+        modules without a preconditioner, in silence; nor for a Flax checkpoint, nor where bergson
+        could not make the gradients that a dense Hessian belongs to.
     """
-    if config.layout == "seed":
+    if config.layout == "influence_results":
         return "", ""
     if config.chosen.bergson is None:
         return "", f"import jhessians\njhessians.load_factors({config.run_path!r})"
