@@ -16,9 +16,9 @@ from jaxtyping import Shaped
 from converters import adapters, registry, rules
 from converters.companions import write_companions
 from converters.loading import parameters
-from converters.safetensors_file import write_safetensors
 from jhessians.devices.hosts import fetch
 from jhessians.interop.rundir import RunDirectory
+from jhessians.interop.safetensors_file import write_safetensors
 from jhessians.models.decoder import Decoder
 
 SHARD_BYTES = 50 * 10**9

@@ -18,8 +18,8 @@ import pytest
 
 from converters import load
 from converters.loading import parameters
-from converters.safetensors_file import open_safetensors, write_safetensors
 from jhessians.devices.mesh import make_mesh
+from jhessians.interop.safetensors_file import write_safetensors
 
 ALLOWED_SHARE, ALLOWED_BYTES = 0.2, 10**9  # of the checkpoint, and whatever its size
 
@@ -201,30 +201,3 @@ def test_each_host_reads_what_its_devices_hold(medium, tiny, kind, record_proper
 def test_a_host_that_holds_everything_reads_everything_once(medium, tiny):
     (host,) = measured(medium["hf"], tiny["hf"], devices=2, fsdp=False)
     assert 1 <= host["read"] / size_of(medium["hf"]) < 1.01
-
-
-def test_a_part_of_a_tensor(tmp_path):
-    """Every way of cutting one to three axes, against numpy's own slices."""
-    random = np.random.default_rng(0)
-    values = {
-        "none": random.random(()),
-        "one": random.random(7),
-        "two": random.random((5, 6)).astype(ml_dtypes.bfloat16),
-        "three": random.random((3, 4, 5), np.float32),
-        "empty": np.zeros((0, 3), np.float32),
-    }
-    path = tmp_path / "model.safetensors"
-    kinds = {name: (value.shape, value.dtype) for name, value in values.items()}
-    write_safetensors(path, kinds, values.values())
-    stored = open_safetensors(path)
-    for name, value in values.items():
-        assert stored[name].read().tobytes() == value.tobytes()
-        for _ in range(50):
-            index = tuple(
-                slice(*np.sort(random.integers(0, n + 1, 2)).tolist())
-                if random.random() < 0.6 else slice(None)
-                for n in value.shape
-            )  # fmt: skip
-            part = stored[name].read_slice(index)
-            assert part.shape == value[index].shape and part.dtype == value.dtype, index
-            assert part.tobytes() == value[index].tobytes(), index
