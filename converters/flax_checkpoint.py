@@ -9,14 +9,11 @@ A folder holds what it takes to load them again, with this package or without:
 Every host writes its own devices' parts and reads no more than its devices will hold.
 """
 
-import gc
 import json
-import logging
 import math
 import re
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ import numpy as np
 from flax import nnx, traverse_util
 from jaxtyping import Array
 
-from converters import adapters, registry, rules
+from converters import adapters, orbax_noise, registry, rules
 from converters.companions import write_companions
 from converters.reader import read_json
 from jhessians.devices.hosts import together
@@ -80,7 +77,7 @@ class FlaxCheckpoint:
         largest = max(_largest_read(self.stored[path], each) for path, each in wanted.items())
         limit: Any = max(_UNDER_WAY_BYTES, largest + 1) / 10**9  # a fraction does, too
         handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=limit)
-        with _one_line(self.folder), ocp.Checkpointer(handler) as reader:
+        with orbax_noise.one_line(self.folder), ocp.Checkpointer(handler) as reader:
             restored = reader.restore(
                 (self.folder / PARAMETERS).absolute(),
                 args=ocp.args.StandardRestore(_nested(dict(wanted))),
@@ -152,7 +149,7 @@ def open_flax(folder: Path, model_type: str) -> FlaxCheckpoint:
         )
     import orbax.checkpoint as ocp
 
-    with _one_line(folder), ocp.StandardCheckpointer() as reader:
+    with orbax_noise.one_line(folder), ocp.StandardCheckpointer() as reader:
         tree = reader.metadata((folder / PARAMETERS).absolute()).item_metadata.tree
         stored = traverse_util.flatten_dict(tree, sep=".")
         if any(np.dtype(each.dtype).kind not in "fV" for each in stored.values()):
@@ -212,7 +209,7 @@ def write_flax(model: Decoder, config: Any, folder: Path, tokenizer: Any = None)
     )  # fmt: skip
     pieces = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for path in arrays}
     try:
-        with _quietly(), ocp.Checkpointer(handler) as writer:
+        with orbax_noise.quietly(), ocp.Checkpointer(handler) as writer:
             writer.save(
                 (folder / PARAMETERS).absolute(),
                 args=ocp.args.PyTreeSave(_nested(arrays), _nested(pieces)),
@@ -256,46 +253,3 @@ def _largest_read(stored: Any, wanted: jax.ShapeDtypeStruct) -> int:
         ]
         largest = max(largest, size * math.prod(lengths))
     return largest
-
-
-@contextmanager
-def _one_line(folder: Path) -> Iterator[None]:
-    """Say in one line what Orbax and TensorStore come up with over a damaged file."""
-    with _quietly():
-        try:
-            yield
-            return
-        except Exception as error:
-            cause = error.__cause__ or error
-            reason = " ".join(str(cause).split())[:200] or type(cause).__name__
-        raise CheckpointError(
-            f"{folder} can't be read as a Flax checkpoint: {reason}; convert or copy it again"
-        )
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep back what Orbax prints of an error that it raises, too.
-
-    It logs it with a traceback from each of its threads, and its unfinished reads and writes
-    complain when they come back, be it after the error: that is kept back from then on.
-    """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before, hook = [each.disabled for each in loggers], sys.unraisablehook
-
-    def pass_on(what: Any) -> None:
-        code = getattr(what.object, "cr_code", None)
-        orbax = code is not None and "orbax" in code.co_filename
-        if not orbax and str(what.exc_value) != "Event loop is closed":
-            hook(what)
-
-    sys.unraisablehook = pass_on
-    for each in loggers:
-        each.disabled = True
-    try:
-        yield
-        sys.unraisablehook = hook
-    finally:
-        gc.collect()
-        for each, disabled in zip(loggers, before, strict=True):
-            each.disabled = disabled

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from converters import adapters, flax_checkpoint, hub, registry, rules
+from converters import adapters, flax_checkpoint, hub, matching, registry, rules
 from converters.flax_checkpoint import FlaxCheckpoint
 from converters.reader import SlicedTensor, StoredTensor, open_checkpoint
 from jhessians.devices.mesh import mark_sharded, parameter_specs
@@ -95,8 +95,8 @@ def load(
     source.obtain_weights()
     checkpoint = open_checkpoint(source.folder)
     wanted = rules.slots(family, parameter_shapes(model))
-    stored = rules.match(family, wanted, checkpoint)
-    rules.check_tied(family, wanted, checkpoint)
+    stored = matching.match(family, wanted, checkpoint)
+    matching.check_tied(family, wanted, checkpoint)
     if adapter is not None:
         shapes = parameter_shapes(model)
         slots, tensors = adapters.attach(model, adapter, family, wanted, shapes)

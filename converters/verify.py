@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from converters import adapters, hub, registry, rules
+from converters import adapters, hub, matching, registry, rules
 from converters.flax_checkpoint import is_flax
 from converters.loading import load, parameters
 from converters.reader import open_checkpoint
@@ -64,7 +64,7 @@ def verify(name_or_folder: str | Path, *, revision: str | None = None, tokens: i
     family = registry.family_of(config)
     arrays = {path: variable.get_value() for path, variable in parameters(model).items()}
     wanted = rules.slots(family, {path: array.shape for path, array in arrays.items()})
-    stored = rules.match(family, wanted, open_checkpoint(source.folder))
+    stored = matching.match(family, wanted, open_checkpoint(source.folder))
     for name, slot in wanted.items():
         values = stored[name].read()
         again = np.ascontiguousarray(to_theirs(slot, arrays).astype(values.dtype))
