@@ -25,6 +25,7 @@ from jaxtyping import Array
 
 from converters import adapters, orbax_noise, registry, rules
 from converters.companions import write_companions
+from converters.origin import LoadedModel, whole
 from converters.reader import read_json
 from jhessians.devices.hosts import together
 from jhessians.errors import CheckpointError
@@ -158,39 +159,47 @@ def open_flax(folder: Path, model_type: str) -> FlaxCheckpoint:
 
 
 def save_flax(
-    model: Decoder,
-    config: Any,
+    model: Decoder | LoadedModel,
     folder: str | Path,
-    tokenizer: Any = None,
     *,
+    config: Any = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
 ) -> None:
     """Write a folder that `converters.load` and Orbax read; on several hosts, all call it.
 
+    Beside the parameters it holds what `converters.save` would keep.
+
     Args:
-        model: With the parameters, on one device or sharded over a mesh.
-        config: transformers' config; its dtype is replaced by the parameters'.
+        model: As `load` gives it, or its module alone, or one that `create` made; on one device or
+            sharded over a mesh.
         folder: Appears under this name once it is complete; all hosts see it.
-        tokenizer: transformers' tokenizer, if there is one.
+        config: transformers' config instead of the model's own; its dtype is replaced by the
+            parameters'.
+        tokenizer: transformers' tokenizer instead of the model's own.
         overwrite: Replace a folder of that name.
 
     Raises:
-        CheckpointError: If no family is registered for the config, or the model has an adapter.
+        CheckpointError: If no family is registered for the config, the model has an adapter, or a
+            file of its source can't be read.
         OutputError: If the folder exists, or the disk is full or not ours to write to.
+        ValueError: If it isn't known where `model` came from, and no config is given.
     """
+    loaded = whole(model, config, tokenizer)
     directory = RunDirectory(Path(folder), overwrite, writer=jax.process_index() == 0)
     with ExitStack() as stack:
         with together():
             part = stack.enter_context(directory)
-        write_flax(model, config, part, tokenizer)
+        write_flax(loaded, part)
         with together():
             stack.close()
 
 
-def write_flax(model: Decoder, config: Any, folder: Path, tokenizer: Any = None) -> None:
+def write_flax(loaded: LoadedModel, folder: Path) -> None:
     """Write into an empty folder that exists; otherwise as `save_flax`."""
     import orbax.checkpoint as ocp
 
+    model, config, _ = loaded
     arrays = {
         ".".join(map(str, path)): variable.get_value()
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -198,6 +207,9 @@ def write_flax(model: Decoder, config: Any, folder: Path, tokenizer: Any = None)
     adapters.refuse(model, "which a Flax checkpoint doesn't hold")
     family = registry.family_of(config)
     rules.slots(family, {path: array.shape for path, array in arrays.items()})  # all have names
+    with together():
+        if jax.process_index() == 0:
+            write_companions(loaded, folder, loaded.dtype)
     small = {path for path, array in arrays.items() if array.nbytes < _SMALL_BYTES}
     handler = ocp.PyTreeCheckpointHandler(
         # At most this much, or one parameter, leaves the devices at a time; Orbax exempts what has
@@ -222,15 +234,13 @@ def write_flax(model: Decoder, config: Any, folder: Path, tokenizer: Any = None)
         raise output_error(OSError(int(number[1]), str(error)), folder) from error
     with together():
         if jax.process_index() == 0:
-            dtype = next(iter(arrays.values())).dtype
             header = {
                 "format": FORMAT,
                 "version": VERSION,
                 "model_type": config.model_type,
-                "dtype": dtype.name,
+                "dtype": loaded.dtype.name,
                 "jhessians": __version__,
             }
-            write_companions(folder, config, dtype, tokenizer)
             (folder / FORMAT_FILE).write_text(json.dumps(header, indent=2) + "\n")
 
 
