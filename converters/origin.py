@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax import nnx
 
 from converters.hub import Source
 from jhessians.models.decoder import Decoder
@@ -71,8 +73,11 @@ def whole(model: Decoder | LoadedModel, config: Any = None, tokenizer: Any = Non
     return LoadedModel(model, config, tokenizer)
 
 
-def number_format(model: Decoder) -> str:
+def number_format(model: nnx.Module) -> str:
     """A model's number format in words: `float32`, or `float32, stored in bfloat16`."""
-    loaded = model.embedding.dtype.name
-    stored = () if model.origin is None else model.origin.stored
-    return loaded if stored in ((), (loaded,)) else f"{loaded}, stored in {' and '.join(stored)}"
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    loaded = tuple(sorted({leaf.dtype.name for leaf in leaves}))
+    origin: Origin | None = getattr(model, "origin", None)
+    stored = origin.stored if origin else ()
+    words = " and ".join(loaded)
+    return words if stored in ((), loaded) else f"{words}, stored in {' and '.join(stored)}"
