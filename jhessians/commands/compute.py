@@ -89,6 +89,7 @@ def compute(config: ComputeConfig, progress: Progress) -> Summary:
         trees=trees,
         disk_bytes=disk_bytes,
         padding_share=run.plan.padding_share,
+        number_format=converters.number_format(run.problem.model),
         profile=profile,
         warnings=progress.warnings,
         next_shell=shell,
