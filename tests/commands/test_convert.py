@@ -82,12 +82,15 @@ def test_there_and_back(hugging_face, flax, tmp_path, capfd):
     assert words[0] == words[1]
 
 
-def test_the_same_factors_from_either(hugging_face, flax, tmp_path):
+def test_the_same_factors_from_either(hugging_face, flax, tmp_path, capfd):
     runs = {}
     for name, model in (("theirs", hugging_face), ("ours", flax)):
         flags = {"model": model, "dataset": hugging_face / "docs.jsonl", "world_size": 2}
         command = ["compute", str(tmp_path / name), *(f"--{k}={v}" for k, v in flags.items())]
-        assert main([*command, "--fsdp", "--quiet", "--layout=bergson", "--num_shards=1"]) == 0
+        assert main([*command, "--fsdp", "--layout=bergson", "--num_shards=1"]) == 0
+        printed = capfd.readouterr()
+        assert "  model    float32, stored in bfloat16\n" in printed.out
+        assert "stored in" not in printed.err  # once is enough
         runs[name] = bergson.read(tmp_path / name)
     assert runs["ours"].keys() == runs["theirs"].keys()
     for folder in runs["theirs"].keys() - {"total_processed"}:
