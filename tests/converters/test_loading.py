@@ -129,12 +129,11 @@ def test_the_number_format_is_said(flax, checkpoint, tmp_path, caplog):
 
 def test_the_warning_is_seen_without_any_setting_up(checkpoint):
     program = "import sys, converters; converters.load(sys.argv[1])"
-    half, wide = checkpoint("gpt2", dtype=torch.bfloat16), checkpoint("gpt2")
-    for folder, lines in ((half, 1), (wide, 0)):
-        done = subprocess.run(
-            [sys.executable, "-c", program, folder], check=True, capture_output=True, text=True
-        )
-        assert done.stdout == "" and done.stderr.count("loaded as float32") == lines
+    folder = checkpoint("gpt2", dtype=torch.bfloat16)
+    done = subprocess.run(
+        [sys.executable, "-c", program, folder], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "" and done.stderr.count("loaded as float32") == 1
 
 
 def test_the_tokenizer_comes_with_it(checkpoint, tmp_path, altered):

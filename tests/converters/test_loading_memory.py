@@ -102,7 +102,7 @@ def llama(folder: Path, *, hidden: int, inner: int, layers: int, vocabulary: int
     return folder
 
 
-def measured(folder, warm, *, processes=1, devices=8, fsdp=True, dtype=None, hoards=False):
+def measured(folder, warm, *, processes=1, devices=8, fsdp=True, dtype="stored", hoards=False):
     """What each process of a load says of itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -191,7 +191,7 @@ def test_each_host_reads_what_its_devices_hold(medium, tiny, kind, record_proper
     for host in hosts:
         record_property("share of the files that is read", host["read"] / size)
         assert 0.49 <= host["read"] / size < 0.53
-    model = load(medium["hf"], mesh=make_mesh(4), fsdp=True).model
+    model = load(medium["hf"], dtype="stored", mesh=make_mesh(4), fsdp=True).model
     expected = digests({path: variable[...] for path, variable in parameters(model).items()})
     for path, parts in expected.items():
         found = [part for host in hosts for part in host["digests"][path]]
