@@ -8,7 +8,8 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from converters.flax_checkpoint import save_flax  # noqa: E402
 from converters.generate import generate  # noqa: E402
 from converters.hub import load_tokenizer  # noqa: E402
-from converters.loading import LoadedModel, load  # noqa: E402
+from converters.loading import load  # noqa: E402
+from converters.origin import LoadedModel, number_format  # noqa: E402
 from converters.registry import create, decoder_config, register, supported  # noqa: E402
 from converters.rules import Family, Rule, conv1d, linear, norm  # noqa: E402
 from converters.saving import save  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "norm",
+    "number_format",
     "register",
     "save",
     "save_flax",

@@ -9,14 +9,11 @@ A folder holds what it takes to load them again, with this package or without:
 Every host writes its own devices' parts and reads no more than its devices will hold.
 """
 
-import gc
 import json
-import logging
 import math
 import re
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,9 @@ import numpy as np
 from flax import nnx, traverse_util
 from jaxtyping import Array
 
-from converters import adapters, registry, rules
+from converters import adapters, orbax_noise, registry, rules
 from converters.companions import write_companions
+from converters.origin import LoadedModel, whole
 from converters.reader import read_json
 from jhessians.devices.hosts import together
 from jhessians.errors import CheckpointError
@@ -80,7 +78,7 @@ class FlaxCheckpoint:
         largest = max(_largest_read(self.stored[path], each) for path, each in wanted.items())
         limit: Any = max(_UNDER_WAY_BYTES, largest + 1) / 10**9  # a fraction does, too
         handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=limit)
-        with _one_line(self.folder), ocp.Checkpointer(handler) as reader:
+        with orbax_noise.one_line(self.folder), ocp.Checkpointer(handler) as reader:
             restored = reader.restore(
                 (self.folder / PARAMETERS).absolute(),
                 args=ocp.args.StandardRestore(_nested(dict(wanted))),
@@ -152,7 +150,7 @@ def open_flax(folder: Path, model_type: str) -> FlaxCheckpoint:
         )
     import orbax.checkpoint as ocp
 
-    with _one_line(folder), ocp.StandardCheckpointer() as reader:
+    with orbax_noise.one_line(folder), ocp.StandardCheckpointer() as reader:
         tree = reader.metadata((folder / PARAMETERS).absolute()).item_metadata.tree
         stored = traverse_util.flatten_dict(tree, sep=".")
         if any(np.dtype(each.dtype).kind not in "fV" for each in stored.values()):
@@ -161,39 +159,47 @@ def open_flax(folder: Path, model_type: str) -> FlaxCheckpoint:
 
 
 def save_flax(
-    model: Decoder,
-    config: Any,
+    model: Decoder | LoadedModel,
     folder: str | Path,
-    tokenizer: Any = None,
     *,
+    config: Any = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
 ) -> None:
     """Write a folder that `converters.load` and Orbax read; on several hosts, all call it.
 
+    Beside the parameters it holds what `converters.save` would keep.
+
     Args:
-        model: With the parameters, on one device or sharded over a mesh.
-        config: transformers' config; its dtype is replaced by the parameters'.
+        model: As `load` gives it, or its module alone, or one that `create` made; on one device or
+            sharded over a mesh.
         folder: Appears under this name once it is complete; all hosts see it.
-        tokenizer: transformers' tokenizer, if there is one.
+        config: transformers' config instead of the model's own; its dtype is replaced by the
+            parameters'.
+        tokenizer: transformers' tokenizer instead of the model's own.
         overwrite: Replace a folder of that name.
 
     Raises:
-        CheckpointError: If no family is registered for the config, or the model has an adapter.
+        CheckpointError: If no family is registered for the config, the model has an adapter, or a
+            file of its source can't be read.
         OutputError: If the folder exists, or the disk is full or not ours to write to.
+        ValueError: If it isn't known where `model` came from, and no config is given.
     """
+    loaded = whole(model, config, tokenizer)
     directory = RunDirectory(Path(folder), overwrite, writer=jax.process_index() == 0)
     with ExitStack() as stack:
         with together():
             part = stack.enter_context(directory)
-        write_flax(model, config, part, tokenizer)
+        write_flax(loaded, part)
         with together():
             stack.close()
 
 
-def write_flax(model: Decoder, config: Any, folder: Path, tokenizer: Any = None) -> None:
+def write_flax(loaded: LoadedModel, folder: Path) -> None:
     """Write into an empty folder that exists; otherwise as `save_flax`."""
     import orbax.checkpoint as ocp
 
+    model, config, _ = loaded
     arrays = {
         ".".join(map(str, path)): variable.get_value()
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -201,6 +207,9 @@ def write_flax(model: Decoder, config: Any, folder: Path, tokenizer: Any = None)
     adapters.refuse(model, "which a Flax checkpoint doesn't hold")
     family = registry.family_of(config)
     rules.slots(family, {path: array.shape for path, array in arrays.items()})  # all have names
+    with together():
+        if jax.process_index() == 0:
+            write_companions(loaded, folder, loaded.dtype)
     small = {path for path, array in arrays.items() if array.nbytes < _SMALL_BYTES}
     handler = ocp.PyTreeCheckpointHandler(
         # At most this much, or one parameter, leaves the devices at a time; Orbax exempts what has
@@ -212,7 +221,7 @@ def write_flax(model: Decoder, config: Any, folder: Path, tokenizer: Any = None)
     )  # fmt: skip
     pieces = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for path in arrays}
     try:
-        with _quietly(), ocp.Checkpointer(handler) as writer:
+        with orbax_noise.quietly(), ocp.Checkpointer(handler) as writer:
             writer.save(
                 (folder / PARAMETERS).absolute(),
                 args=ocp.args.PyTreeSave(_nested(arrays), _nested(pieces)),
@@ -225,15 +234,13 @@ def write_flax(model: Decoder, config: Any, folder: Path, tokenizer: Any = None)
         raise output_error(OSError(int(number[1]), str(error)), folder) from error
     with together():
         if jax.process_index() == 0:
-            dtype = next(iter(arrays.values())).dtype
             header = {
                 "format": FORMAT,
                 "version": VERSION,
                 "model_type": config.model_type,
-                "dtype": dtype.name,
+                "dtype": loaded.dtype.name,
                 "jhessians": __version__,
             }
-            write_companions(folder, config, dtype, tokenizer)
             (folder / FORMAT_FILE).write_text(json.dumps(header, indent=2) + "\n")
 
 
@@ -256,46 +263,3 @@ def _largest_read(stored: Any, wanted: jax.ShapeDtypeStruct) -> int:
         ]
         largest = max(largest, size * math.prod(lengths))
     return largest
-
-
-@contextmanager
-def _one_line(folder: Path) -> Iterator[None]:
-    """Say in one line what Orbax and TensorStore come up with over a damaged file."""
-    with _quietly():
-        try:
-            yield
-            return
-        except Exception as error:
-            cause = error.__cause__ or error
-            reason = " ".join(str(cause).split())[:200] or type(cause).__name__
-        raise CheckpointError(
-            f"{folder} can't be read as a Flax checkpoint: {reason}; convert or copy it again"
-        )
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep back what Orbax prints of an error that it raises, too.
-
-    It logs it with a traceback from each of its threads, and its unfinished reads and writes
-    complain when they come back, be it after the error: that is kept back from then on.
-    """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before, hook = [each.disabled for each in loggers], sys.unraisablehook
-
-    def pass_on(what: Any) -> None:
-        code = getattr(what.object, "cr_code", None)
-        orbax = code is not None and "orbax" in code.co_filename
-        if not orbax and str(what.exc_value) != "Event loop is closed":
-            hook(what)
-
-    sys.unraisablehook = pass_on
-    for each in loggers:
-        each.disabled = True
-    try:
-        yield
-        sys.unraisablehook = hook
-    finally:
-        gc.collect()
-        for each, disabled in zip(loggers, before, strict=True):
-            each.disabled = disabled

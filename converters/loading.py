@@ -5,10 +5,11 @@ its parameter, in place, before the next one is read: besides the module the hos
 tensor. Where parameters are sharded, a host reads the slices that its own devices hold.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,26 +20,18 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from converters import adapters, flax_checkpoint, hub, registry, rules
+from converters import adapters, flax_checkpoint, hub, matching, registry, rules
 from converters.flax_checkpoint import FlaxCheckpoint
+from converters.origin import LoadedModel, Origin
 from converters.reader import SlicedTensor, StoredTensor, open_checkpoint
 from jhessians.devices.mesh import mark_sharded, parameter_specs
 from jhessians.errors import CheckpointError, NumericsError
 from jhessians.models.decoder import Decoder
 
+STORED = "stored"
+"""As a dtype: the number format of the files."""
 
-class LoadedModel(NamedTuple):
-    """What a checkpoint holds.
-
-    Attributes:
-        model: The decoder; `model.config` is our `DecoderConfig`.
-        config: transformers' config.
-        tokenizer: transformers' tokenizer; None if the checkpoint has none.
-    """
-
-    model: Decoder
-    config: Any
-    tokenizer: Any
+_log = logging.getLogger("jhessians")
 
 
 def load(
@@ -54,8 +47,9 @@ def load(
     Args:
         name_or_folder: A folder, or a name on the Hub such as `EleutherAI/pythia-160m`. That of a
             LoRA adapter loads its base model, frozen, with the adapter beside it.
-        dtype: Of the parameters, "bfloat16" or `jnp.bfloat16`; default the checkpoint's own, the
-            widest if it has several.
+        dtype: Of the parameters, such as "bfloat16" or `jnp.bfloat16`, or "stored" for the
+            checkpoint's own, the widest if it has several. Default float32, as in the command
+            line; then a warning says so if the files hold something else.
         revision: The Hub's branch, tag or commit.
         mesh: The devices that get the parameters; default JAX's default device.
         fsdp: Shard parameters over `mesh` instead of giving each device all of them.
@@ -68,8 +62,9 @@ def load(
         CheckpointError: If it can't be found, isn't whole, isn't supported, or its tensors don't
             fit its config.json.
         NumericsError: If a weight is NaN or infinite; the message names the tensor.
-        ValueError: If `fsdp` is asked for without a mesh.
+        ValueError: If `fsdp` is asked for without a mesh, or `dtype` is no floating-point format.
     """
+    asked = _asked(dtype)
     if fsdp and mesh is None:
         raise ValueError("fsdp shards parameters over a mesh; give one")
     source = hub.find(name_or_folder, revision)
@@ -86,26 +81,28 @@ def load(
                 f"adapter's base; make one with `jhessians convert {source.folder} FOLDER`"
             )
         parameters_on_disk = flax_checkpoint.open_flax(source.folder, config.model_type)
-        dtype = _parameter_dtype(parameters_on_disk.dtypes, dtype, source.folder)
+        kinds = parameters_on_disk.dtypes
+        target = _parameter_dtype(kinds, asked, source.folder)
         if mesh is not None and fsdp:
             mark_sharded(model, mesh)
-        _restore(model, parameters_on_disk, dtype, mesh)
-        return LoadedModel(model, config, hub.tokenizer_of(source))
+        _restore(model, parameters_on_disk, target, mesh)
+        return _loaded(model, config, source, kinds, said=dtype is not None)
 
     source.obtain_weights()
     checkpoint = open_checkpoint(source.folder)
     wanted = rules.slots(family, parameter_shapes(model))
-    stored = rules.match(family, wanted, checkpoint)
-    rules.check_tied(family, wanted, checkpoint)
+    stored = matching.match(family, wanted, checkpoint)
+    matching.check_tied(family, wanted, checkpoint)
     if adapter is not None:
         shapes = parameter_shapes(model)
         slots, tensors = adapters.attach(model, adapter, family, wanted, shapes)
         wanted, stored = {**wanted, **slots}, {**stored, **tensors}
-    dtype = _parameter_dtype({tensor.dtype for tensor in stored.values()}, dtype, source.folder)
+    kinds = {tensor.dtype for tensor in stored.values()}
+    target = _parameter_dtype(kinds, asked, source.folder)
     if mesh is not None and fsdp:
         mark_sharded(model, mesh)
-    _fill(model, wanted, stored, dtype, mesh)
-    return LoadedModel(model, config, hub.tokenizer_of(source))
+    _fill(model, wanted, stored, target, mesh)
+    return _loaded(model, config, source, kinds, said=dtype is not None)
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
@@ -119,15 +116,48 @@ def parameter_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     return {path: tuple(variable.shape) for path, variable in parameters(model).items()}
 
 
-def _parameter_dtype(stored: set[np.dtype], wanted: Any, folder: Path) -> np.dtype:
+def _asked(dtype: Any) -> np.dtype | None:
+    """The format that `load` is asked for; None for that of the files."""
+    if isinstance(dtype, str) and dtype == STORED:
+        return None
+    try:
+        found = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    except TypeError:
+        found = np.dtype(object)
+    if not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(
+            f"dtype is {dtype!r}; expected a floating-point format such as float32 or bfloat16, or "
+            f"{STORED!r} for the checkpoint's own"
+        )
+    return found
+
+
+def _parameter_dtype(stored: set[np.dtype], asked: np.dtype | None, folder: Path) -> np.dtype:
     """The one that is asked for, or else the narrowest that holds all stored ones without loss."""
-    dtype = reduce(np.promote_types, stored) if wanted is None else jnp.dtype(wanted)
+    dtype = reduce(np.promote_types, stored) if asked is None else asked
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise CheckpointError(
             f"{folder} would be loaded as {dtype}, which JAX has turned off; "
             "set JAX_ENABLE_X64=1, or load it as float32"
         )
     return dtype
+
+
+def _loaded(
+    model: Decoder, config: Any, source: hub.Source, kinds: set[np.dtype], *, said: bool
+) -> LoadedModel:
+    """The finished model, with a word on its number format if nobody `said` which he wants."""
+    stored = tuple(sorted(kind.name for kind in kinds))
+    model.origin = Origin(config, source, stored)
+    loaded = LoadedModel(model, config, hub.tokenizer_of(source))
+    if jax.process_index() == 0:
+        same, formats = stored == (loaded.dtype.name,), " and ".join(stored)
+        _log.log(
+            logging.INFO if said or same else logging.WARNING,
+            "%s is stored in %s and loaded as %s%s", source.repository or source.folder, formats,
+            loaded.dtype.name, "" if same else f"; dtype={STORED!r} keeps what is stored",
+        )  # fmt: skip
+    return loaded
 
 
 def _restore(

@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Shaped
 
-from converters.safetensors_file import open_safetensors
 from jhessians.errors import CheckpointError
+from jhessians.interop.safetensors_file import open_safetensors
 from jhessians.interop.torchfile import LazyTensor, open_torch_file
 
 WEIGHT_FILES = (

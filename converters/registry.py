@@ -37,6 +37,7 @@ from converters import (
     stablelm,
     starcoder2,
 )
+from converters.origin import Origin
 from converters.reader import read_json
 from converters.rules import Family, module_names
 from converters.settings import check_neutral
@@ -109,6 +110,7 @@ def create(config: Any, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> Decoder:
     """
     model = Decoder(decoder_config(config), dtype=jnp.dtype(dtype), rngs=rngs)
     name_linears(model, family_of(config))
+    model.origin = Origin(config)
     return model
 
 

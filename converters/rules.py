@@ -6,15 +6,13 @@ leading axis of our parameter: one stacked array of ours is many tensors of thei
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 
-from converters.reader import Checkpoint, StoredTensor
-from jhessians.errors import CheckpointError
 from jhessians.models.config import DecoderConfig
 
 Values = Shaped[np.ndarray, "..."]
@@ -187,76 +185,6 @@ def slots(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Sl
     return found
 
 
-def match(
-    family: Family, wanted: Mapping[str, Slot], checkpoint: Checkpoint
-) -> dict[str, StoredTensor]:
-    """The checkpoint's tensor for every slot; nothing but names and shapes is read.
-
-    Returns:
-        Tensors under the slots' names, in the slots' order.
-
-    Raises:
-        CheckpointError: If tensors are missing, left over, there twice or of another shape.
-    """
-    found: dict[str, StoredTensor] = {}
-    unexpected, twice = [], []
-    tied = _tied_names(family, wanted)
-    for stored_name, name in _full_names(family, checkpoint).items():
-        tensor = checkpoint.tensors[stored_name]
-        if name in found:
-            twice.append(stored_name)
-        elif name in wanted:
-            found[name] = tensor
-        elif name not in tied and not any(re.fullmatch(p, name) for p in family.ignored):
-            unexpected.append(stored_name)
-    missing = [name for name in wanted if name not in found]
-    misshapen = [
-        f"{name} is {_dimensions(tensor.shape)} where config.json makes it "
-        f"{_dimensions(wanted[name].shape)}"
-        for name, tensor in found.items()
-        if tensor.shape != wanted[name].shape
-    ]
-    integers = [
-        f"{name} is stored as {tensor.dtype}"
-        for name, tensor in found.items()
-        if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype.name != "bfloat16"
-    ]
-    kinds = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "there under two names": twice,
-        "misshapen": misshapen,
-        "not a plain floating-point tensor": integers,
-    }
-    if problems := [_count(kind, names) for kind, names in kinds.items() if names]:
-        raise CheckpointError(
-            f"{checkpoint.folder} doesn't fit its config.json ({family.model_type}): "
-            f"{'; '.join(problems)}; check that the folder is complete and of one model"
-        )
-    return {name: found[name] for name in wanted}
-
-
-def check_tied(family: Family, wanted: Mapping[str, Slot], checkpoint: Checkpoint) -> None:
-    """Make sure that tensors which a tied model stores twice are the same.
-
-    Raises:
-        CheckpointError: If one differs from the parameter that it is tied to.
-    """
-    tied = _tied_names(family, wanted)
-    stored = {
-        full: checkpoint.tensors[name] for name, full in _full_names(family, checkpoint).items()
-    }
-    for name, original in tied.items():
-        if name not in stored:
-            continue
-        copy, first = stored[name], stored[original]
-        if copy.shape != first.shape or not np.array_equal(copy.read(), first.read()):
-            raise CheckpointError(
-                f"{name} of {checkpoint.folder} differs from {original}, to which config.json "
-                "ties it; set tie_word_embeddings to false there, or remove the tensor"
-            )
-
-
 def module_names(family: Family) -> dict[str, str]:
     """Hugging Face's name, relative to the base model, of every module with a kernel.
 
@@ -273,37 +201,5 @@ def module_names(family: Family) -> dict[str, str]:
     return told | dict(family.modules)
 
 
-def _tied_names(family: Family, wanted: Mapping[str, Slot]) -> dict[str, str]:
-    """Names of tensors that may repeat another one, and of that one."""
-    names = {slot.parameter: name for name, slot in wanted.items() if not slot.index}
-    return {
-        rule.theirs: names[rule.tied_to]
-        for rule in family.rules
-        if rule.tied_to in names and rule.ours not in names
-    }
-
-
-def _full_names(family: Family, checkpoint: Checkpoint) -> dict[str, str]:
-    """A checkpoint's own names → the table's: renamed, and with the base model's prefix."""
-    prefix = f"{family.base_prefix}."
-    outside = {rule.theirs for rule in family.rules if not rule.theirs.startswith(prefix)}
-    names = {}
-    for name in checkpoint.tensors:
-        full = name
-        for pattern, replacement in family.renamed:
-            full = re.sub(pattern, replacement, full)
-        names[name] = full if full.startswith(prefix) or full in outside else prefix + full
-    return names
-
-
 def _placeholders(template: str) -> list[str]:
     return re.findall(r"\{(\w+)\}", template)
-
-
-def _dimensions(shape: Iterable[int]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
-
-
-def _count(kind: str, names: list[str], shown: int = 3) -> str:
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{kind}: {', '.join(names[:shown])}{rest}"

@@ -16,9 +16,10 @@ from jaxtyping import Shaped
 from converters import adapters, registry, rules
 from converters.companions import write_companions
 from converters.loading import parameters
-from converters.safetensors_file import write_safetensors
-from jhessians.devices.hosts import fetch
+from converters.origin import LoadedModel, whole
+from jhessians.devices.hosts import fetch, together
 from jhessians.interop.rundir import RunDirectory
+from jhessians.interop.safetensors_file import write_safetensors
 from jhessians.models.decoder import Decoder
 
 SHARD_BYTES = 50 * 10**9
@@ -26,47 +27,53 @@ SHARD_BYTES = 50 * 10**9
 
 
 def save(
-    model: Decoder,
-    config: Any,
+    model: Decoder | LoadedModel,
     folder: str | Path,
-    tokenizer: Any = None,
     *,
+    config: Any = None,
+    tokenizer: Any = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
     """Write a folder that transformers loads; a model with an adapter is refused.
 
+    Beside the weights it holds all that the model's source held (see `converters.companions`), such
+    as the tokenizer, generation_config.json and README. On several hosts all call this, and the
+    first one writes.
+
     Args:
-        model: With the parameters, on one device or sharded over a mesh.
-        config: transformers' config; its dtype is replaced by the parameters'.
+        model: As `load` gives it, or its module alone, or one that `create` made; on one device or
+            sharded over a mesh.
         folder: Appears under this name once it is complete.
-        tokenizer: transformers' tokenizer, if there is one.
+        config: transformers' config instead of the model's own; its dtype is replaced by the
+            parameters'.
+        tokenizer: transformers' tokenizer instead of the model's own.
         shard_bytes: Above this size weights are divided into several files with an index.
         overwrite: Replace a folder of that name.
 
     Raises:
-        CheckpointError: If no family is registered for the config, or the model has an adapter.
+        CheckpointError: If no family is registered for the config, the model has an adapter, or a
+            file of its source can't be read.
         OutputError: If the folder exists, or the disk is full or not ours to write to.
+        ValueError: If it isn't known where `model` came from, and no config is given.
     """
+    loaded = whole(model, config, tokenizer)
     writer = jax.process_index() == 0
     with RunDirectory(Path(folder), overwrite=overwrite, writer=writer) as part:
-        write(model, config, part, tokenizer, shard_bytes=shard_bytes)
+        write(loaded, part, shard_bytes=shard_bytes)
 
 
-def write(
-    model: Decoder,
-    config: Any,
-    folder: Path,
-    tokenizer: Any = None,
-    *,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
+def write(loaded: LoadedModel, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write into an empty folder that exists; otherwise as `save`."""
+    model, config, _ = loaded
     adapters.refuse(model, "which save doesn't write")
     family = registry.family_of(config)
     arrays = {path: variable.get_value() for path, variable in parameters(model).items()}
     wanted = rules.slots(family, {path: array.shape for path, array in arrays.items()})
     writer = jax.process_index() == 0
+    with together():
+        if writer:
+            write_companions(loaded, folder, loaded.dtype)
     files = _divide({name: _bytes(slot, arrays) for name, slot in wanted.items()}, shard_bytes)
     for file, names in files.items():
         values = (to_theirs(wanted[name], arrays) for name in names)
@@ -75,10 +82,8 @@ def write(
             write_safetensors(folder / file, kinds, values)
         for _ in values:  # fetching a sharded array needs every process
             pass
-    if writer:
-        if len(files) > 1:
-            _write_index(folder, files, sum(_bytes(slot, arrays) for slot in wanted.values()))
-        write_companions(folder, config, next(iter(arrays.values())).dtype, tokenizer)
+    if writer and len(files) > 1:
+        _write_index(folder, files, sum(_bytes(slot, arrays) for slot in wanted.values()))
 
 
 def to_theirs(slot: rules.Slot, arrays: Mapping[str, Any]) -> Shaped[np.ndarray, "..."]:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from converters import adapters, hub, registry, rules
+from converters import adapters, hub, matching, registry, rules
 from converters.flax_checkpoint import is_flax
-from converters.loading import load, parameters
+from converters.loading import STORED, load, parameters
 from converters.reader import open_checkpoint
 from converters.saving import to_theirs
 from jhessians.errors import CheckpointError, NumericsError, UserError
@@ -59,12 +59,12 @@ def verify(name_or_folder: str | Path, *, revision: str | None = None, tokens: i
             f"{source.folder} is a Flax checkpoint, while verify compares with Hugging Face's "
             f"files; give it what `jhessians convert {source.folder} FOLDER` writes"
         )
-    model, config, _ = load(name_or_folder, revision=revision)
+    model, config, _ = load(name_or_folder, dtype=STORED, revision=revision)
     adapters.refuse(model, "which verify can't write back")
     family = registry.family_of(config)
     arrays = {path: variable.get_value() for path, variable in parameters(model).items()}
     wanted = rules.slots(family, {path: array.shape for path, array in arrays.items()})
-    stored = rules.match(family, wanted, open_checkpoint(source.folder))
+    stored = matching.match(family, wanted, open_checkpoint(source.folder))
     for name, slot in wanted.items():
         values = stored[name].read()
         again = np.ascontiguousarray(to_theirs(slot, arrays).astype(values.dtype))

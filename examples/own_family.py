@@ -53,6 +53,6 @@ if __name__ == "__main__":
         rms_norm_eps=1e-5, rope_theta=1e6, hidden_act="silu", tie_word_embeddings=False,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        save(create(config, rngs=nnx.Rngs(0)), config, f"{folder}/model")
+        save(create(config, rngs=nnx.Rngs(0)), f"{folder}/model")
         model = load(f"{folder}/model").model
     print(model.layers.blocks.attention.query_key_value.name, model(jnp.arange(9)[None]).shape)

@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_jsonl(options.out / "facts.jsonl", facts)
     write_jsonl(options.out / "questions.jsonl", questions)
-    save(model, config, options.out / "model", tokenizer, overwrite=True)
+    save(model, options.out / "model", tokenizer=tokenizer, overwrite=True)
     supporting = [len(question.supporting) for question in questions]
     card = CARD.format(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))),

@@ -68,7 +68,7 @@ class ConvertSummary:
 
 
 def convert(config: ConvertConfig) -> ConvertSummary:
-    """Load a checkpoint and write it in the other format.
+    """Load a checkpoint and write it in the other format, with all that lies beside its weights.
 
     The parameters are spread over all devices; every process of a run on several hosts calls this.
 
@@ -82,7 +82,7 @@ def convert(config: ConvertConfig) -> ConvertSummary:
     import jax
 
     from converters import flax_checkpoint, hub, load, saving
-    from converters.loading import parameters
+    from converters.loading import STORED, parameters
     from jhessians.devices.hosts import start_hosts, together
     from jhessians.devices.mesh import make_mesh
     from jhessians.interop.layout import DTYPES
@@ -102,22 +102,20 @@ def convert(config: ConvertConfig) -> ConvertSummary:
         with progress.stage("Model"), together():
             source = hub.find(config.model, config.revision)
             target = config.to or ("hf" if flax_checkpoint.is_flax(source.folder) else "flax")
-            dtype = None if config.dtype is None else DTYPES[config.dtype][1]
-            model, settings, tokenizer = load(
-                config.model, dtype=dtype, revision=config.revision, **spread
-            )
+            dtype = STORED if config.dtype is None else DTYPES[config.dtype][1]
+            loaded = load(config.model, dtype=dtype, revision=config.revision, **spread)
         with progress.stage("Writing"):
             write = flax_checkpoint.write_flax if target == "flax" else saving.write
-            write(model, settings, part, tokenizer)
+            write(loaded, part)
         with together():
             stack.close()
-    arrays = [variable.get_value() for variable in parameters(model).values()]
+    arrays = [variable.get_value() for variable in parameters(loaded.model).values()]
     return ConvertSummary(
         out=config.out,
         format=target,
-        model_type=settings.model_type,
+        model_type=loaded.config.model_type,
         parameters=sum(array.size for array in arrays),
-        dtype=arrays[0].dtype.name,
+        dtype=loaded.dtype.name,
     )
 
 

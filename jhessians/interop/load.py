@@ -5,15 +5,11 @@ up — a missing shard, shards that hold different modules, rows that don't fit 
 """
 
 import functools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes  # noqa: F401  (numpy learns bfloat16 from it)
 import numpy as np
 from jaxtyping import Shaped
-from safetensors import SafetensorError, safe_open
 
 from jhessians.errors import CheckpointError
 from jhessians.interop import torchfile
@@ -26,6 +22,7 @@ from jhessians.interop.layout import (
     shard_bounds,
     shard_name,
 )
+from jhessians.interop.safetensors_file import SafetensorsTensor, open_safetensors
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -67,7 +64,7 @@ class FactorStore:
                 "eigen_activation_sharded or influence_results; give a finished run's directory"
             )
         self._folders = found[self.layout]
-        self._shapes: dict[str, Shapes] = {}
+        self._parts: dict[str, list[dict[str, SafetensorsTensor]]] = {}
         self.kinds = tuple(self._folders)
         counts = {folder: _count_shards(folder) for folder in self._folders.values()}
         self.shards = max(counts.values())
@@ -115,9 +112,11 @@ class FactorStore:
             KeyError: If the store has no such kind.
             CheckpointError: If a file is damaged or the shards do not add up.
         """
-        if kind not in self._shapes:
-            self._shapes[kind] = _combined_shapes(self._folders[kind], kind, self.shards)
-        return self._shapes[kind]
+        folder, parts = self._folders[kind], self._opened(kind)
+        return {
+            module: _full_shape(folder, kind, module, [part[module].shape for part in parts])
+            for module in parts[0]
+        }
 
     def read(self, kind: str, module: str) -> Shaped[np.ndarray, "..."]:
         """One whole tensor in the dtype that it is stored in.
@@ -126,21 +125,30 @@ class FactorStore:
             KeyError: If the store has no such kind or module.
             CheckpointError: If a file is damaged or the shards do not add up.
         """
-        shape = self.shapes(kind)[module]
-        indices = range(1 if KINDS[kind].replicated else self.shards)
-        out: np.ndarray | None = None
+        parts = [part[module] for part in self._opened(kind)]
+        shape = _full_shape(self._folders[kind], kind, module, [part.shape for part in parts])
+        if len(parts) == 1 or KINDS[kind].replicated:
+            return parts[0].read()
+        whole = np.empty(shape, parts[0].dtype)
         row = 0
-        for index in indices:
-            with _opened(self._folders[kind] / shard_name(index)) as file:
-                rows = file.get_tensor(module)
-            if out is None:
-                if len(indices) == 1:
-                    return rows
-                out = np.empty(shape, rows.dtype)
-            out[row : row + len(rows)] = rows
-            row += len(rows)
-        assert out is not None
-        return out
+        for part in parts:
+            whole[row : row + part.shape[0]] = part.read()
+            row += part.shape[0]
+        return whole
+
+    def _opened(self, kind: str) -> list[dict[str, SafetensorsTensor]]:
+        """Every shard's tensors, which are all of the same modules; none of them read yet."""
+        if kind not in self._parts:
+            folder = self._folders[kind]
+            parts = [open_safetensors(folder / shard_name(n)) for n in range(self.shards)]
+            for number, part in enumerate(parts):
+                if odd := sorted(set(part) ^ set(parts[0])):
+                    raise CheckpointError(
+                        f"{folder}: shards 0 and {number} hold different modules; expected the "
+                        f"same, not {_some(odd)} in one only; export again"
+                    )
+            self._parts[kind] = parts
+        return self._parts[kind]
 
 
 def load_factors(
@@ -181,39 +189,6 @@ def _count_shards(folder: Path) -> int:
                 "gap; restore it or export again"
             )
     return len(names)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="np") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({' '.join(str(error).split())}); expected a safetensors "
-            "file; restore it or export again"
-        ) from error
-
-
-def _header(path: Path) -> Shapes:
-    with _opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.offset_keys()}
-
-
-def _combined_shapes(folder: Path, kind: str, shards: int) -> Shapes:
-    """Full shape of every module, from the headers of all shards."""
-    parts = [_header(folder / shard_name(index)) for index in range(shards)]
-    for index, part in enumerate(parts):
-        if set(part) != set(parts[0]):
-            odd = sorted(set(part) ^ set(parts[0]))
-            raise CheckpointError(
-                f"{folder}: shards 0 and {index} hold different modules; expected the "
-                f"same, not {_some(odd)} in one only; export again"
-            )
-    return {
-        module: _full_shape(folder, kind, module, [part[module] for part in parts])
-        for module in parts[0]
-    }
 
 
 def _full_shape(

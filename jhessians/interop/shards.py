@@ -9,7 +9,6 @@ References:
 """
 
 import errno
-import json
 import math
 import os
 import shutil
@@ -24,6 +23,7 @@ from jaxtyping import Shaped
 from jhessians.errors import NumericsError
 from jhessians.interop.layout import DTYPES, shard_bounds, shard_name
 from jhessians.interop.rundir import output_error
+from jhessians.interop.safetensors_file import safetensors_header
 from jhessians.interop.sources import TensorSource
 
 BLOCK_BYTES = 64 << 20
@@ -68,7 +68,7 @@ def write_sharded(
     """
     if dtype not in DTYPES or shards < 1:
         raise ValueError(f"cannot write {shards} shards of {dtype!r}; known: {', '.join(DTYPES)}")
-    name, target = DTYPES[dtype]
+    target = DTYPES[dtype][1]
     shapes = among or {module: source.shape for module, source in tensors.items()}
     ranges = [
         {
@@ -77,7 +77,7 @@ def write_sharded(
         }
         for shard in range(shards)
     ]
-    headers = [_Header(shapes, each, name, target.itemsize) for each in ranges]
+    headers = [_header(shapes, each, target) for each in ranges]
     paths = [folder / shard_name(shard) for shard in range(shards)]
     blocks = _blocks(folder.name, tensors, ranges, target, block_bytes)
     failure: OSError | None = None
@@ -167,36 +167,19 @@ def _converted(block: np.ndarray, target: np.dtype, where: str) -> np.ndarray:
     return cast
 
 
-class _Header:
-    """safetensors' header of one shard, padded so that the tensors start aligned.
-
-    Attributes:
-        text: The header's bytes, with the length in front.
-        start: Module name → where its tensor begins, in bytes from the file's beginning.
-    """
-
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], ranges: Ranges, dtype: str, itemsize: int
-    ):
-        entries = {}
-        offsets = {}
-        offset = 0
-        for module, whole in shapes.items():
-            start, stop = ranges[module]
-            shape = [stop - start, *whole[1:]]
-            offsets[module] = offset
-            end = offset + math.prod(shape) * itemsize
-            entries[module] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self.text = len(text).to_bytes(8, "little") + text
-        self.start = {module: len(self.text) + offset for module, offset in offsets.items()}
+def _header(
+    shapes: Mapping[str, tuple[int, ...]], ranges: Ranges, dtype: np.dtype
+) -> tuple[bytes, dict[str, int]]:
+    """One shard's beginning, and where in it the rows of each module start."""
+    rows = {module: stop - start for module, (start, stop) in ranges.items()}
+    return safetensors_header(
+        {module: ((rows[module], *shape[1:]), dtype) for module, shape in shapes.items()}
+    )
 
 
 def _write_files(
     paths: Sequence[Path],
-    headers: Sequence[_Header],
+    headers: Sequence[tuple[bytes, Mapping[str, int]]],
     blocks: Iterable[tuple[int, str, Shaped[np.ndarray, "..."]]],
     *,
     fresh: bool,
@@ -218,13 +201,13 @@ def _write_files(
             mode = "xb" if fresh else "r+b"
             files = [stack.enter_context(open(path, mode)) for path in paths]
             if fresh:
-                for file, header in zip(files, headers, strict=True):
-                    file.write(header.text)
+                for file, (text, _) in zip(files, headers, strict=True):
+                    file.write(text)
             current: str | None = None
             for shard, module, block in blocks:
                 if module != current and not whole:
-                    for file, header in zip(files, headers, strict=True):
-                        file.seek(header.start[module])
+                    for file, (_, starts) in zip(files, headers, strict=True):
+                        file.seek(starts[module])
                     current = module
                 files[shard].write(block.reshape(-1).view(np.uint8).data)
     except BaseException:

@@ -1,6 +1,7 @@
 """The decoder: embeddings, a scanned stack of blocks, a final norm, and a head."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,12 @@ class Decoder(nnx.Module):
         config: Its shape and kind.
         dtype: Of parameters and activations.
         rngs: For random parameters; `nnx.eval_shape` builds it without any.
+
+    Attributes:
+        origin: Where it came from, as whoever made it notes; nothing here looks at it.
     """
+
+    origin: Any = None
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         c = config

@@ -49,6 +49,7 @@ class Summary:
         padding_share: Share of computed positions that hold no token, `BatchPlan.padding_share`.
         product: What was fitted, in the plural.
         notes: Lines that were said on the way; they are not said again.
+        number_format: Of the model, such as "float32, stored in bfloat16".
         warnings: One line each.
         next_shell: A command that consumes the result, see `jhessians.commands.compute.next_steps`.
         next_python: The same from Python.
@@ -68,6 +69,7 @@ class Summary:
     padding_share: float = 0.0
     product: str = "factors"
     notes: Sequence[str] = field(default_factory=tuple)
+    number_format: str = ""
     warnings: Sequence[str] = field(default_factory=tuple)
     next_shell: str = ""
     next_python: str = ""
@@ -118,10 +120,11 @@ def render(summary: Summary) -> str:
         "data": f"{documents}, {count_in_words(summary.positions, 'position')}",
         "padding": f"{summary.padding_share:.1%} of the positions that are computed",
         "devices": summary.devices,
+        "model": summary.number_format,
         "time": seconds_in_words(total),
     }
     lines = [f"{summary.method} {summary.product} are in {summary.run_path}", ""]
-    lines += [f"  {name:<9}{value}" for name, value in facts.items()]
+    lines += [f"  {name:<9}{value}" for name, value in facts.items() if value]
     if summary.timings:
         lines += ["", "  Time per stage"]
         lines += _stage_rows(summary.timings)

@@ -48,7 +48,8 @@ def tensors(folder):
 
 def bits(folder):
     return {
-        path: np.asarray(p[...]).tobytes() for path, p in parameters(load(folder).model).items()
+        path: np.asarray(p[...]).tobytes()
+        for path, p in parameters(load(folder, dtype="stored").model).items()
     }
 
 
@@ -62,8 +63,8 @@ def the_error(capfd):
 
 def test_there_and_back(hugging_face, flax, tmp_path, capfd):
     assert sorted(path.name for path in flax.iterdir()) == [
-        "config.json", "flax_checkpoint.json", "parameters", "tokenizer.json",
-        "tokenizer_config.json",
+        "config.json", "docs.jsonl", "flax_checkpoint.json", "generation_config.json", "parameters",
+        "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     back = tmp_path / "back"
     assert main(["convert", str(flax), str(back)]) == 0
@@ -81,12 +82,15 @@ def test_there_and_back(hugging_face, flax, tmp_path, capfd):
     assert words[0] == words[1]
 
 
-def test_the_same_factors_from_either(hugging_face, flax, tmp_path):
+def test_the_same_factors_from_either(hugging_face, flax, tmp_path, capfd):
     runs = {}
     for name, model in (("theirs", hugging_face), ("ours", flax)):
         flags = {"model": model, "dataset": hugging_face / "docs.jsonl", "world_size": 2}
         command = ["compute", str(tmp_path / name), *(f"--{k}={v}" for k, v in flags.items())]
-        assert main([*command, "--fsdp", "--quiet", "--layout=bergson", "--num_shards=1"]) == 0
+        assert main([*command, "--fsdp", "--layout=bergson", "--num_shards=1"]) == 0
+        printed = capfd.readouterr()
+        assert "  model    float32, stored in bfloat16\n" in printed.out
+        assert "stored in" not in printed.err  # once is enough
         runs[name] = bergson.read(tmp_path / name)
     assert runs["ours"].keys() == runs["theirs"].keys()
     for folder in runs["theirs"].keys() - {"total_processed"}:
@@ -179,7 +183,7 @@ def test_what_is_wrong_takes_one_line(hugging_face, flax, tmp_path, capfd, argum
     elif name == "FLAX":
         wide = load(flax, dtype="float32")
         wide.model.embedding[...] = wide.model.embedding[...].at[3, 4].set(1e30)
-        save_flax(wide.model, wide.config, places[name], overwrite=True)
+        save_flax(wide, places[name], overwrite=True)
     assert main(["convert", *(str(places.get(word, word)) for word in arguments)]) == code
     assert words in the_error(capfd)
     assert [path.name for path in work.iterdir()] == ["file"]

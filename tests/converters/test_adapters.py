@@ -367,9 +367,9 @@ def test_other_adapters_are_refused(edited, checkpoint, tmp_path):
 
 def test_what_an_adapter_cannot_do(adapter, tmp_path):
     _, folder = adapter()
-    model, config, _ = load(folder)
+    loaded = load(folder)
     with pytest.raises(CheckpointError, match="merge_and_unload"):
-        save(model, config, tmp_path / "out")
+        save(loaded, tmp_path / "out")
     with pytest.raises(CheckpointError, match="merge_and_unload"):
         verify(folder)
     assert not (tmp_path / "out").exists()

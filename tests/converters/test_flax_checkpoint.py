@@ -45,8 +45,7 @@ def flax_folder(checkpoint, tmp_path_factory):
         source = checkpoint(family, **options)
         if source not in made:
             made[source] = tmp_path_factory.mktemp("flax") / family
-            model, config, tokenizer = load(source)
-            save_flax(model, config, made[source], tokenizer)
+            save_flax(load(source, dtype="stored"), made[source])
         return made[source], source
 
     return get
@@ -68,14 +67,14 @@ def copy(flax_folder, tmp_path):
 )
 def test_there_and_back_is_bit_identical(family, options, flax_folder, tmp_path):
     folder, source = flax_folder(family, **options)
-    ours, theirs = load(folder), load(source)
+    ours, theirs = (load(each, dtype="stored") for each in (folder, source))
     assert bits(ours.model) == bits(theirs.model)
     assert placed(ours.model) == placed(theirs.model)
     assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
     names = [[m.name for _, m in tapped_modules(x.model.layers.blocks)] for x in (ours, theirs)]
     assert names[0] == names[1] and all(names[0])
     for name, each in (("ours", ours), ("theirs", theirs)):
-        save(each.model, each.config, tmp_path / name, each.tokenizer)
+        save(each, tmp_path / name)
     got, expected = stored(tmp_path / "ours"), stored(tmp_path / "theirs")
     assert got.keys() == expected.keys()
     for name, value in expected.items():
@@ -84,7 +83,7 @@ def test_there_and_back_is_bit_identical(family, options, flax_folder, tmp_path)
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [None, "stored", "bfloat16", "float16"])
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_every_mesh_and_dtype_gives_what_hugging_faces_files_give(flax_folder, dtype, fsdp):
     folder, source = flax_folder("llama", **SHARDED)
@@ -96,10 +95,8 @@ def test_every_mesh_and_dtype_gives_what_hugging_faces_files_give(flax_folder, d
 
 def test_a_sharded_model_writes_what_a_whole_one_does(flax_folder, tmp_path):
     folder, source = flax_folder("llama", **SHARDED)
-    model, config, _ = load(source, mesh=make_mesh(8), fsdp=True)
-    save_flax(model, config, tmp_path / "sharded")
+    save_flax(load(source, mesh=make_mesh(8), fsdp=True).model, tmp_path / "sharded")
     assert bits(load(tmp_path / "sharded").model) == bits(load(folder).model)
-    assert load(tmp_path / "sharded").tokenizer is None
 
 
 def test_small_pieces_fit_other_meshes(flax_folder, tmp_path, monkeypatch):
@@ -107,8 +104,7 @@ def test_small_pieces_fit_other_meshes(flax_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(converters.flax_checkpoint, "_UNDER_WAY_BYTES", 1)
     monkeypatch.setattr(converters.flax_checkpoint, "_SMALL_BYTES", 0)
     folder, source = flax_folder("llama", **SHARDED)
-    model, config, _ = load(source, mesh=make_mesh(8), fsdp=True)
-    save_flax(model, config, tmp_path / "pieces")
+    save_flax(load(source, mesh=make_mesh(8), fsdp=True), tmp_path / "pieces")
     for devices in (None, 2, 4):
         mesh = None if devices is None else make_mesh(devices)
         again = load(tmp_path / "pieces", mesh=mesh, fsdp=mesh is not None).model
@@ -124,7 +120,7 @@ def test_orbax_alone_reads_it(flax_folder):
     given = {"Path": Path, "jax": jax, "np": np}
     exec(lines.replace("pythia-flax", str(folder)), given)
     tree = given["parameters"]
-    model = load(folder).model
+    model = load(folder, dtype="stored").model
     state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assert jax.tree.structure(tree) == jax.tree.structure(state)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, tree, state)))
@@ -206,9 +202,9 @@ def test_orbaxs_own_folder_is_not_a_model(copy):
 
 
 def test_infinities_are_named(flax_folder, tmp_path):
-    model, config, _ = load(flax_folder("llama", **SHARDED)[0])
+    model = load(flax_folder("llama", **SHARDED)[0]).model
     model.embedding[...] = model.embedding[...].at[3, 4].set(1e30)
-    save_flax(model, config, tmp_path / "wide")
+    save_flax(model, tmp_path / "wide")
     assert jnp.isfinite(load(tmp_path / "wide").model.embedding[...]).all()
     with pytest.raises(NumericsError, match="^embedding holds NaN or infinity as float16"):
         load(tmp_path / "wide", dtype="float16")
@@ -220,11 +216,11 @@ def test_verify_says_what_it_wants(flax_folder):
 
 
 def test_nothing_is_overwritten_unasked(flax_folder, tmp_path):
-    model, config, _ = load(flax_folder("llama", **SHARDED)[0])
-    save_flax(model, config, tmp_path / "model")
+    model = load(flax_folder("llama", **SHARDED)[0]).model
+    save_flax(model, tmp_path / "model")
     with pytest.raises(OutputError, match="exists"):
-        save_flax(model, config, tmp_path / "model")
-    save_flax(model, config, tmp_path / "model", overwrite=True)
+        save_flax(model, tmp_path / "model")
+    save_flax(model, tmp_path / "model", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -235,11 +231,11 @@ def test_a_full_disk_leaves_nothing(flax_folder, tmp_path):
 import os, resource, signal
 from converters import load, save_flax
 from jhessians.errors import OutputError
-model, config, _ = load({str(source)!r})
+loaded = load({str(source)!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, {resource.RLIM_INFINITY}))
 try:
-    save_flax(model, config, {str(tmp_path / "model")!r})
+    save_flax(loaded, {str(tmp_path / "model")!r})
 except OutputError as error:
     print(error, flush=True)
 os._exit(0)  # as our command does after an error: Orbax's threads may still be writing

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from converters import load, load_tokenizer
+from converters import load, load_tokenizer, number_format, save_flax
 from converters.loading import parameters
 from converters.rope import rope_config
 from jhessians.capture.tape import Tapped, tapped_modules
@@ -81,17 +81,59 @@ def test_mesh_gets_the_same_parameters(fsdp, checkpoint):
     assert held == {kernel.nbytes // (8 if fsdp else 1)}
 
 
-def test_dtype_is_the_checkpoints_unless_asked_for(checkpoint):
+def test_dtype_is_float32_unless_asked_for(checkpoint):
     half = checkpoint("gpt2", dtype=torch.float16)
-    kernel = ("layers", "blocks", "mlp", "up", "kernel")
-    stored = values(load(half).model)[".".join(kernel)]
-    wide = values(load(half, dtype="float32").model)[".".join(kernel)]
-    assert (stored.dtype, wide.dtype) == (np.float16, np.float32)
+    kernel = "layers.blocks.mlp.up.kernel"
+    wide, stored = load(half), load(half, dtype="stored")
+    assert (wide.dtype, stored.dtype) == (np.float32, np.float16)
+    wide, stored = values(wide.model)[kernel], values(stored.model)[kernel]
+    assert (wide.dtype, stored.dtype) == (np.float32, np.float16)
     np.testing.assert_array_equal(wide, stored.astype(np.float32))
-    narrow = load(checkpoint("gpt2"), dtype=jax.numpy.bfloat16).model
-    assert all(p.dtype == jax.numpy.bfloat16 for p in parameters(narrow).values())
+    narrow = load(checkpoint("gpt2"), dtype=jax.numpy.bfloat16)
+    assert narrow.dtype == jax.numpy.bfloat16
+    assert all(p.dtype == jax.numpy.bfloat16 for p in parameters(narrow.model).values())
     with pytest.raises(CheckpointError, match="float64, which JAX has turned off"):
         load(half, dtype="float64")
+
+
+@pytest.mark.parametrize("wrong", ["int8", "bfloat61", "checkpoint", jax.numpy.int32])
+def test_what_is_no_number_format_of_weights(wrong, tmp_path):
+    with pytest.raises(ValueError, match="expected a floating-point format .* or 'stored'"):
+        load(tmp_path, dtype=wrong)
+
+
+@pytest.mark.parametrize("flax", [False, True])
+def test_the_number_format_is_said(flax, checkpoint, tmp_path, caplog):
+    """Aloud where nobody asked for another one than the files'; once in any case."""
+    wide, half = checkpoint("gpt2"), checkpoint("gpt2", dtype=torch.bfloat16)
+    if flax:
+        for name, each in (("wide", wide), ("half", half)):
+            save_flax(load(each, dtype="stored"), tmp_path / name)
+        wide, half = tmp_path / "wide", tmp_path / "half"
+    keeps = "; dtype='stored' keeps what is stored"
+    for folder, dtype, level, line, words in (
+        (wide, None, "INFO", "float32 and loaded as float32", "float32"),
+        (half, None, "WARNING", f"bfloat16 and loaded as float32{keeps}",
+         "float32, stored in bfloat16"),
+        (half, "float32", "INFO", f"bfloat16 and loaded as float32{keeps}",
+         "float32, stored in bfloat16"),
+        (half, "stored", "INFO", "bfloat16 and loaded as bfloat16", "bfloat16"),
+    ):  # fmt: skip
+        caplog.clear()
+        with caplog.at_level("INFO", "jhessians"):
+            model = load(folder, dtype=dtype).model
+        said = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "jhessians"]
+        assert said == [(level, f"{folder} is stored in {line}")]
+        assert number_format(model) == words
+
+
+def test_the_warning_is_seen_without_any_setting_up(checkpoint):
+    program = "import sys, converters; converters.load(sys.argv[1])"
+    folder = checkpoint("gpt2", dtype=torch.bfloat16)
+    done = subprocess.run(
+        [sys.executable, "-c", program, folder], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "" and done.stderr.count("loaded as float32") == 1
 
 
 def test_the_tokenizer_comes_with_it(checkpoint, tmp_path, altered):
@@ -136,8 +178,7 @@ import sys
 import converters
 assert "torch" not in sys.modules
 sys.modules["torch"] = None
-model, config, tokenizer = converters.load(sys.argv[1])
-converters.save(model, config, sys.argv[2], tokenizer)
+converters.save(converters.load(sys.argv[1]), sys.argv[2])
 """
     folder = checkpoint("gpt2")
     subprocess.run([sys.executable, "-c", program, folder, tmp_path / "out"], check=True)

@@ -18,8 +18,8 @@ import pytest
 
 from converters import load
 from converters.loading import parameters
-from converters.safetensors_file import open_safetensors, write_safetensors
 from jhessians.devices.mesh import make_mesh
+from jhessians.interop.safetensors_file import write_safetensors
 
 ALLOWED_SHARE, ALLOWED_BYTES = 0.2, 10**9  # of the checkpoint, and whatever its size
 
@@ -102,7 +102,7 @@ def llama(folder: Path, *, hidden: int, inner: int, layers: int, vocabulary: int
     return folder
 
 
-def measured(folder, warm, *, processes=1, devices=8, fsdp=True, dtype=None, hoards=False):
+def measured(folder, warm, *, processes=1, devices=8, fsdp=True, dtype="stored", hoards=False):
     """What each process of a load says of itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -191,7 +191,7 @@ def test_each_host_reads_what_its_devices_hold(medium, tiny, kind, record_proper
     for host in hosts:
         record_property("share of the files that is read", host["read"] / size)
         assert 0.49 <= host["read"] / size < 0.53
-    model = load(medium["hf"], mesh=make_mesh(4), fsdp=True).model
+    model = load(medium["hf"], dtype="stored", mesh=make_mesh(4), fsdp=True).model
     expected = digests({path: variable[...] for path, variable in parameters(model).items()})
     for path, parts in expected.items():
         found = [part for host in hosts for part in host["digests"][path]]
@@ -201,30 +201,3 @@ def test_each_host_reads_what_its_devices_hold(medium, tiny, kind, record_proper
 def test_a_host_that_holds_everything_reads_everything_once(medium, tiny):
     (host,) = measured(medium["hf"], tiny["hf"], devices=2, fsdp=False)
     assert 1 <= host["read"] / size_of(medium["hf"]) < 1.01
-
-
-def test_a_part_of_a_tensor(tmp_path):
-    """Every way of cutting one to three axes, against numpy's own slices."""
-    random = np.random.default_rng(0)
-    values = {
-        "none": random.random(()),
-        "one": random.random(7),
-        "two": random.random((5, 6)).astype(ml_dtypes.bfloat16),
-        "three": random.random((3, 4, 5), np.float32),
-        "empty": np.zeros((0, 3), np.float32),
-    }
-    path = tmp_path / "model.safetensors"
-    kinds = {name: (value.shape, value.dtype) for name, value in values.items()}
-    write_safetensors(path, kinds, values.values())
-    stored = open_safetensors(path)
-    for name, value in values.items():
-        assert stored[name].read().tobytes() == value.tobytes()
-        for _ in range(50):
-            index = tuple(
-                slice(*np.sort(random.integers(0, n + 1, 2)).tolist())
-                if random.random() < 0.6 else slice(None)
-                for n in value.shape
-            )  # fmt: skip
-            part = stored[name].read_slice(index)
-            assert part.shape == value[index].shape and part.dtype == value.dtype, index
-            assert part.tobytes() == value[index].tobytes(), index

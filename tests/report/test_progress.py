@@ -193,6 +193,7 @@ def summary_of(**more):
         "positions": 32640,
         "padding_share": 0.0812,
         "devices": "2 x cpu",
+        "number_format": "float32, stored in bfloat16",
         "timings": {"Load model": 1.25, "Covariances": 30.0, "Eigendecomposition": 8.0},
         "trees": [
             Tree("eigenvalue_correction_sharded/", 2, 4_200_000),
@@ -213,6 +214,7 @@ def test_summary_fits_80_columns_and_says_it_all():
     assert max(len(line) for line in text.splitlines()) <= 80
     for words in (
         "ekfac factors are in runs/demo", "28", "1,024 documents", "3 skipped", "2 x cpu",
+        "  model    float32, stored in bfloat16",
         "8.1% of the positions that are computed",
         "32,640 positions", "Covariances", "30 s", "76%", "4.7 MB on disk", "eigenvalue_correction",
         "2 files", "4.2 MB", "8.5 MB shared", "processor_config.json", "needs more room"[6:],

@@ -118,6 +118,7 @@ def compute(config: ComputeConfig) -> Summary:
         trees=trees,
         disk_bytes=disk_bytes,
         padding_share=inputs.batches.plan.padding_share,
+        number_format=converters.number_format(problem.model),
         profile=profile,
         notes=progress.notes,
         warnings=progress.warnings,

@@ -9,6 +9,7 @@ References:
 
 import json
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ DTYPES: dict[str, np.dtype] = {
 """safetensors' name → numpy's dtype."""
 
 _LONGEST_HEADER = 100 * 2**20  # the format's own limit
+_REMEDY = "get a whole copy of it"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class SafetensorsTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Shaped[np.ndarray, "..."]:
         """The values, C-contiguous and writable; opens the file for this read alone.
@@ -86,19 +93,20 @@ class SafetensorsTensor:
                         view = view[count:]
                     if view:
                         raise CheckpointError(
-                            f"{self.path} became shorter while it was read; download again"
+                            f"{self.path} became shorter while it was read; expected that it "
+                            f"stays as it was; {_REMEDY}"
                         )
         except OSError as error:
-            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from None
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}; {_REMEDY}") from None
         return values
 
 
 def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
-    """The tensors of a file by name, in its order, after checking that all of it is there.
+    """The tensors of a file by name, as they follow one another, after checking that all is there.
 
     Raises:
-        CheckpointError: If the file is cut short or isn't a safetensors file, or names a tensor
-            twice.
+        CheckpointError: If the file is cut short or isn't a safetensors file, names a tensor twice,
+            or has tensors that overlap or leave a gap.
     """
     try:
         with path.open("rb") as file:
@@ -108,19 +116,52 @@ def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
                 raise _damaged(path, f"its {size} bytes do not hold the header")
             header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from None
     except _RepeatedNameError as error:
-        raise CheckpointError(f"{path} names {error} twice; expected one tensor per name") from None
-    except ValueError:
+        raise CheckpointError(
+            f"{path} names {error} twice; expected one tensor per name; {_REMEDY}"
+        ) from None
+    except (ValueError, RecursionError):
         raise _damaged(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a table")
     header.pop("__metadata__", None)
-    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
-    end = max((t.start + _bytes(t) for t in tensors.values()), default=8 + length)
+    tensors = [(name, _entry(path, name, entry, 8 + length)) for name, entry in header.items()]
+    tensors.sort(key=lambda named: (named[1].start, named[1].nbytes))
+    end = 8 + length
+    for name, tensor in tensors:
+        if tensor.start != end:
+            raise _damaged(path, f"{name} begins at byte {tensor.start} where {end} is expected")
+        end += tensor.nbytes
     if end != size:
         raise _damaged(path, f"it has {size} bytes where its header promises {end}")
-    return tensors
+    return dict(tensors)
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[bytes, dict[str, int]]:
+    """A file's beginning, padded so that the tensors start aligned.
+
+    Args:
+        tensors: Shape and dtype by name, in the order in which they will follow.
+        metadata: Words for other readers.
+
+    Returns:
+        The bytes, and where in the file each tensor starts.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offsets, offset = {}, 0
+    for name, (shape, dtype) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offsets[name], offset = offset, end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {n: start + at for n, at in offsets.items()}
 
 
 def write_safetensors(
@@ -138,43 +179,31 @@ def write_safetensors(
     Raises:
         OSError: If the disk is full or not ours to write to.
     """
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    offset = 0
-    for name, (shape, dtype) in tensors.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header, _ = safetensors_header(tensors, {"format": "pt"})  # transformers asks for it
     with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for value in values:
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
 
 def _entry(path: Path, name: str, entry: Any, data: int) -> SafetensorsTensor:
     try:
-        code, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-        start, end = (int(n) for n in entry["data_offsets"])
+        code, shape = entry["dtype"], tuple(operator.index(n) for n in entry["shape"])
+        start, end = (operator.index(n) for n in entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, f"its entry of {name} can't be understood") from None
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(
-            f"{name} in {path.name} is stored as {code}; expected one of {', '.join(DTYPES)}"
+            f"{name} in {path.name} is stored as {code!r}; expected one of {', '.join(DTYPES)}"
         )
     tensor = SafetensorsTensor(path, shape, DTYPES[code], data + start)
-    if min((start, *shape), default=0) < 0 or end - start != _bytes(tensor):
+    if min((start, *shape), default=0) < 0 or end - start != tensor.nbytes:
         raise _damaged(path, f"its entry of {name} contradicts itself")
     return tensor
 
 
-def _bytes(tensor: SafetensorsTensor) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
-
-
 def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} is truncated or damaged: {what}; download it again")
+    return CheckpointError(f"{path} is truncated or damaged: {what}; {_REMEDY}")
 
 
 class _RepeatedNameError(Exception):
