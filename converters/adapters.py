@@ -16,7 +16,7 @@ from flax import nnx
 from converters.adapter_config import MERGE, aims_at, check, rank_and_scale
 from converters.hub import ADAPTER_CONFIG, Source
 from converters.reader import StoredTensor, open_checkpoint, read_json
-from converters.rules import IDENTITY, TRANSPOSE, Family, Slot
+from converters.rules import IDENTITY, TRANSPOSE, Family, Home
 from jhessians.errors import CheckpointError
 from jhessians.models.lora import LoRA, freeze
 
@@ -77,29 +77,29 @@ def attach(
     model: nnx.Module,
     adapter: Adapter,
     family: Family,
-    slots: Mapping[str, Slot],
+    homes: Mapping[str, Home],
     shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[dict[str, Slot], dict[str, StoredTensor]]:
+) -> tuple[dict[str, Home], dict[str, StoredTensor]]:
     """Freeze a model's linears and give some of them the adapter's, still without values.
 
     Args:
         model: Of shapes; changed in place.
         adapter: From `open_adapter`.
         family: The base model's.
-        slots: The base model's tensors.
+        homes: The base model's tensors.
         shapes: Of the base model's parameters, by path.
 
     Returns:
-        Slot and stored tensor of every tensor of the adapter, by name.
+        Home and stored tensor of every tensor of the adapter, by name.
 
     Raises:
         CheckpointError: If the adapter doesn't fit the model or its own settings, or wants
             something that one scan over layers can't have.
     """
-    found = _modules(adapter, slots)
+    found = _modules(adapter, homes)
     freeze(model)
     taken, tensors = {}, {}
-    for target in _targets(adapter, family, slots, found):
+    for target in _targets(adapter, family, homes, found):
         leading = target.layers is not None
         shape = shapes[f"{target.path}.kernel"]
         linear: Any = model
@@ -107,7 +107,7 @@ def attach(
             linear = getattr(linear, step)
         linear.adapter = _lora(target, shape[leading:], shape[0] if leading else None)
     for name, parts in found.items():
-        base = slots[f"{name}.weight"]
+        base = homes[f"{name}.weight"]
         width = shapes[base.parameter][len(base.index) :]
         rank = rank_and_scale(adapter.settings, name)[0]
         for part, expected in (("A", (rank, width[0])), ("B", (width[1], rank))):
@@ -119,7 +119,7 @@ def attach(
                     "base model belong together"
                 )
             own = f"{base.parameter.removesuffix('kernel')}adapter.lora_{part}.kernel"
-            taken[full] = Slot(own, base.index, expected, TRANSPOSE)
+            taken[full] = Home(own, base.index, expected, TRANSPOSE)
             tensors[full] = tensor
     return taken, tensors
 
@@ -134,7 +134,7 @@ def refuse(model: nnx.Module, what: str) -> None:
         raise CheckpointError(f"the model carries a LoRA adapter, {what}; {MERGE}")
 
 
-def _modules(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, dict[str, StoredTensor]]:
+def _modules(adapter: Adapter, homes: Mapping[str, Home]) -> dict[str, dict[str, StoredTensor]]:
     """Every adapted module's A and B."""
     found: dict[str, dict[str, StoredTensor]] = {}
     others, outside = [], []
@@ -142,7 +142,7 @@ def _modules(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, dict[str,
         match = _ADAPTED.fullmatch(name)
         if match is None:
             others.append(name)
-        elif not _is_linear(slots.get(f"{match['module']}.weight")):
+        elif not _is_linear(homes.get(f"{match['module']}.weight")):
             outside.append(match["module"])
         else:
             found.setdefault(match["module"], {})[match["part"]] = tensor
@@ -154,10 +154,10 @@ def _modules(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, dict[str,
     if outside:
         raise CheckpointError(
             f"{adapter.where} adapts {_some(outside)}, no linear inside the base model; expected "
-            f"linears of its layers, such as {_example(slots)}; {MERGE}"
+            f"linears of its layers, such as {_example(homes)}; {MERGE}"
         )
     missing = [f"{name}.lora_{p}" for name in found for p in "AB" if p not in found[name]]
-    linears = (_module(name) for name, slot in slots.items() if _is_linear(slot))
+    linears = (_module(name) for name, home in homes.items() if _is_linear(home))
     wanted = aims_at(adapter.settings)
     missing += [name for name in linears if name not in found and wanted(name)]
     if missing or not found:
@@ -169,13 +169,13 @@ def _modules(adapter: Adapter, slots: Mapping[str, Slot]) -> dict[str, dict[str,
 
 
 def _targets(
-    adapter: Adapter, family: Family, slots: Mapping[str, Slot], found: Iterable[str]
+    adapter: Adapter, family: Family, homes: Mapping[str, Home], found: Iterable[str]
 ) -> Iterable[Target]:
     """The adapted modules by our linear, in the table's order."""
     modules = {rule.ours: rule.theirs.removesuffix(".weight") for rule in family.rules}
     groups: dict[str, list[str]] = {}
     for name in found:
-        groups.setdefault(slots[f"{name}.weight"].parameter, []).append(name)
+        groups.setdefault(homes[f"{name}.weight"].parameter, []).append(name)
     for parameter in filter(groups.__contains__, modules):
         names = groups[parameter]
         (first, *rest) = (rank_and_scale(adapter.settings, name) for name in names)
@@ -185,7 +185,7 @@ def _targets(
                     f"{adapter.where} gives {names[0]} rank {first[0]} and scale {first[1]:g}, but "
                     f"{name} {other[0]} and {other[1]:g}; expected the same in every layer; {MERGE}"
                 )
-        layers = sorted(layer for name in names for layer in slots[f"{name}.weight"].index)
+        layers = sorted(layer for name in names for layer in homes[f"{name}.weight"].index)
         path = parameter.removesuffix(".kernel")
         yield Target(path, modules[parameter], *first, tuple(layers) or None)
 
@@ -206,14 +206,14 @@ def _lora(target: Target, kernel: tuple[int, ...], count: int | None) -> LoRA:
     return nnx.eval_shape(stacked)
 
 
-def _is_linear(slot: Slot | None) -> bool:
+def _is_linear(home: Home | None) -> bool:
     """Whether a linear of the decoder, alone or one of a stack of layers, keeps its weight so."""
     return (
-        slot is not None
-        and slot.parameter.endswith(".kernel")
-        and len(slot.index) < 2
-        and len(slot.shape) == 2  # one that holds all experts is none
-        and slot.transform in (IDENTITY, TRANSPOSE)
+        home is not None
+        and home.parameter.endswith(".kernel")
+        and len(home.index) < 2
+        and len(home.shape) == 2  # one that holds all experts is none
+        and home.transform in (IDENTITY, TRANSPOSE)
     )
 
 
@@ -225,8 +225,8 @@ def _module(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def _example(slots: Mapping[str, Slot]) -> str:
-    return next(_module(name) for name, slot in slots.items() if _is_linear(slot))
+def _example(homes: Mapping[str, Home]) -> str:
+    return next(_module(name) for name, home in homes.items() if _is_linear(home))
 
 
 def _some(names: list[str]) -> str:

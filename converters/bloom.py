@@ -22,7 +22,7 @@ def decoder_config(config: Any) -> DecoderConfig:
             "alibi": AlibiConfig(),
         },
         mlp={
-            "kind": "plain",
+            "variant": "plain",
             "size": 4 * config.hidden_size,
             "activation": "gelu_fast",
             "bias": True,

@@ -150,7 +150,7 @@ def experts(
         raise CheckpointError(
             f"config.json sends a token to {chosen} of {count} experts; expected 1 to {count}"
         )
-    fields = {"activation": activation(config.hidden_act), "kind": "fused", **(mlp or {})}
+    fields = {"activation": activation(config.hidden_act), "variant": "fused", **(mlp or {})}
     return ExpertsConfig(count, chosen, MLPConfig(size, **fields), **changes)
 
 
@@ -174,14 +174,14 @@ def windows(config: Any) -> tuple[int | None, ...]:
             f"config.json gives {len(types)} layer_types; expected {count}, one per layer"
         )
     known = {"full_attention": None, "sliding_attention": size}
-    for kind in types:
-        if kind not in known:
+    for each in types:
+        if each not in known:
             raise CheckpointError(
-                f"config.json has a layer of type {kind!r}; expected {' or '.join(known)}"
+                f"config.json has a layer of type {each!r}; expected {' or '.join(known)}"
             )
     if size is None and "sliding_attention" in types:
         raise CheckpointError(
             "config.json has layers of type 'sliding_attention', but no sliding_window; "
             "expected its size in tokens"
         )
-    return tuple(known[kind] for kind in types) if size is not None else ()
+    return tuple(known[each] for each in types) if size is not None else ()

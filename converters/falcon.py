@@ -48,7 +48,7 @@ def decoder_config(config: Any) -> DecoderConfig:
             "alibi": AlibiConfig(size**-0.5, bfloat16=True) if config.alibi else None,
         },
         mlp={
-            "kind": "plain",
+            "variant": "plain",
             "size": config.ffn_hidden_size,
             "activation": config.activation,
             "bias": config.bias,

@@ -206,7 +206,7 @@ def write_flax(loaded: LoadedModel, folder: Path) -> None:
     }
     adapters.refuse(model, "which a Flax checkpoint doesn't hold")
     family = registry.family_of(config)
-    rules.slots(family, {path: array.shape for path, array in arrays.items()})  # all have names
+    rules.homes(family, {path: array.shape for path, array in arrays.items()})  # all have names
     with together():
         if jax.process_index() == 0:
             write_companions(loaded, folder, loaded.dtype)

@@ -61,13 +61,13 @@ def gemma2(config: Any) -> DecoderConfig:
 
 def gemma3(config: Any) -> DecoderConfig:
     """transformers' Gemma3TextConfig, read by ours."""
-    kinds = ["full_attention", "sliding_attention"]
-    ropes = [rope_config(config, head_size(config), layer_type=kind) for kind in kinds]
+    types = ["full_attention", "sliding_attention"]
+    ropes = [rope_config(config, head_size(config), layer_type=each) for each in types]
     return _newer(
         config,
         {
             "qk_norm": rms(config, offset=1.0),
-            "layer_ropes": tuple(kinds.index(kind) for kind in config.layer_types),
+            "layer_ropes": tuple(types.index(each) for each in config.layer_types),
         },
         ropes=ropes,
     )

@@ -15,7 +15,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         norm=rms(config, wide_scale=False),
         ropes=[rope_config(config, head_size(config), partial=True, interleaved=True)],
         attention={"bias": config.attention_bias},
-        mlp={"kind": "fused"},
+        mlp={"variant": "fused"},
         norm_placement="both",
     )
 

@@ -25,7 +25,7 @@ def decoder_config(config: Any) -> DecoderConfig:
             "scales": tuple(scale / (i + 1 if by_layer else 1) for i in range(config.n_layer)),
         },
         mlp={
-            "kind": "plain",
+            "variant": "plain",
             "size": 4 * config.n_embd if config.n_inner is None else config.n_inner,
             "activation": config.activation_function,
             "bias": True,

@@ -16,10 +16,10 @@ def decoder_config(config: Any) -> DecoderConfig:
         attention={
             "output_bias": True,
             "scales": (1.0,) * config.num_layers,
-            "windows": tuple(seen[kind] for kind in config.attention_layers),
+            "windows": tuple(seen[each] for each in config.attention_layers),
         },
         mlp={
-            "kind": "plain",
+            "variant": "plain",
             "size": config.intermediate_size or 4 * config.hidden_size,
             "activation": config.activation_function,
             "bias": True,

@@ -19,7 +19,7 @@ def decoder_config(config: Any) -> DecoderConfig:
             "bias": config.attention_bias,
             "output_bias": config.attention_bias,
         },
-        mlp={"kind": "plain", "bias": True},
+        mlp={"variant": "plain", "bias": True},
         residual="parallel" if config.use_parallel_residual else "sequential",
     )
 

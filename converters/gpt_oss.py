@@ -26,7 +26,7 @@ def decoder_config(config: Any) -> DecoderConfig:
     """
     gated = {
         "activation": "quick_gelu",
-        "kind": "interleaved",
+        "variant": "interleaved",
         "bias": True,
         "limit": float(config.swiglu_limit),
         "up_offset": 1.0,

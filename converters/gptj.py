@@ -21,7 +21,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         norm=NormConfig("layer", config.layer_norm_epsilon, bias=True),
         ropes=[RopeConfig(rotated, interleaved=True)],
         mlp={
-            "kind": "plain",
+            "variant": "plain",
             "size": 4 * config.n_embd if config.n_inner is None else config.n_inner,
             "activation": config.activation_function,
             "bias": True,

@@ -90,13 +90,13 @@ def load(
 
     source.obtain_weights()
     checkpoint = open_checkpoint(source.folder)
-    wanted = rules.slots(family, parameter_shapes(model))
+    wanted = rules.homes(family, parameter_shapes(model))
     stored = matching.match(family, wanted, checkpoint)
     matching.check_tied(family, wanted, checkpoint)
     if adapter is not None:
         shapes = parameter_shapes(model)
-        slots, tensors = adapters.attach(model, adapter, family, wanted, shapes)
-        wanted, stored = {**wanted, **slots}, {**stored, **tensors}
+        homes, tensors = adapters.attach(model, adapter, family, wanted, shapes)
+        wanted, stored = {**wanted, **homes}, {**stored, **tensors}
     kinds = {tensor.dtype for tensor in stored.values()}
     target = _parameter_dtype(kinds, asked, source.folder)
     if mesh is not None and fsdp:
@@ -184,15 +184,15 @@ def _restore(
 
 def _fill(
     model: Decoder,
-    wanted: Mapping[str, rules.Slot],
+    wanted: Mapping[str, rules.Home],
     stored: Mapping[str, StoredTensor],
     dtype: np.dtype,
     mesh: Mesh | None,
 ) -> None:
     """Read every tensor into its parameter; `model` holds shapes before and arrays after."""
     entries: dict[str, dict[tuple[int, ...], list[str]]] = {}  # of an entry, its tensors
-    for name, slot in wanted.items():
-        entries.setdefault(slot.parameter, {}).setdefault(slot.index, []).append(name)
+    for name, home in wanted.items():
+        entries.setdefault(home.parameter, {}).setdefault(home.index, []).append(name)
     state = nnx.state(model, nnx.Param)
     flat = dict(nnx.to_flat_state(state))
     specs = {} if mesh is None else dict(nnx.to_flat_state(parameter_specs(state, mesh)))

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors beside a table's slots: each one found, and none left over."""
+"""A checkpoint's tensors beside a table's homes: each one found, and none left over."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from converters.reader import Checkpoint, StoredTensor
-from converters.rules import Family, Slot
+from converters.rules import Family, Home
 from jhessians.errors import CheckpointError
 
 
 def match(
-    family: Family, wanted: Mapping[str, Slot], checkpoint: Checkpoint
+    family: Family, wanted: Mapping[str, Home], checkpoint: Checkpoint
 ) -> dict[str, StoredTensor]:
-    """The checkpoint's tensor for every slot; nothing but names and shapes is read.
+    """The checkpoint's tensor for every home; nothing but names and shapes is read.
 
     Returns:
-        Tensors under the slots' names, in the slots' order.
+        Tensors under the homes' names, in the homes' order.
 
     Raises:
         CheckpointError: If tensors are missing, left over, there twice or of another shape.
@@ -59,7 +59,7 @@ def match(
     return {name: found[name] for name in wanted}
 
 
-def check_tied(family: Family, wanted: Mapping[str, Slot], checkpoint: Checkpoint) -> None:
+def check_tied(family: Family, wanted: Mapping[str, Home], checkpoint: Checkpoint) -> None:
     """Make sure that tensors which a tied model stores twice are the same.
 
     Raises:
@@ -80,9 +80,9 @@ def check_tied(family: Family, wanted: Mapping[str, Slot], checkpoint: Checkpoin
             )
 
 
-def _tied_names(family: Family, wanted: Mapping[str, Slot]) -> dict[str, str]:
+def _tied_names(family: Family, wanted: Mapping[str, Home]) -> dict[str, str]:
     """Names of tensors that may repeat another one, and of that one."""
-    names = {slot.parameter: name for name, slot in wanted.items() if not slot.index}
+    names = {home.parameter: name for name, home in wanted.items() if not home.index}
     return {
         rule.theirs: names[rule.tied_to]
         for rule in family.rules

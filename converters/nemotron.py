@@ -23,7 +23,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         norm=NormConfig("layer", config.norm_eps, bias=True, offset=1.0),
         ropes=[rope_config(config, head_size(config), partial=True)],
         attention={"bias": config.attention_bias, "output_bias": config.attention_bias},
-        mlp={"kind": "plain", "bias": config.mlp_bias},
+        mlp={"variant": "plain", "bias": config.mlp_bias},
     )
 
 

@@ -50,17 +50,17 @@ def olmo2(config: Any) -> DecoderConfig:
 
 def olmo3(config: Any) -> DecoderConfig:
     """transformers' Olmo3Config, read by ours."""
-    kinds = ["full_attention", "sliding_attention"]
+    types = ["full_attention", "sliding_attention"]
     return decoder(
         config,
         norm=rms(config),
-        ropes=[rope_config(config, head_size(config), layer_type=kind) for kind in kinds],
+        ropes=[rope_config(config, head_size(config), layer_type=each) for each in types],
         attention={
             **_biases(config),
             "qk_norm": rms(config),
             "qk_norm_span": "all",
             "windows": windows(config),
-            "layer_ropes": tuple(kinds.index(kind) for kind in config.layer_types),
+            "layer_ropes": tuple(types.index(each) for each in config.layer_types),
         },
         norm_placement="output",
     )

@@ -20,7 +20,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         norm=NormConfig("layer", 1e-5, scale=learned, bias=learned),
         attention={"bias": config.enable_bias, "output_bias": config.enable_bias},
         mlp={
-            "kind": "plain",
+            "variant": "plain",
             "size": config.ffn_dim,
             "activation": config.activation_function,
             "bias": config.enable_bias,

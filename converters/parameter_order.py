@@ -104,8 +104,8 @@ def named_parameters(config: Any) -> list[Parameter]:
     family = registry.family_of(config)
     places = _places(MODULE_ORDERS.get(family.model_type, ()))
     model = nnx.eval_shape(lambda: registry.create(config, rngs=nnx.Rngs(0)))
-    slots = rules.slots(family, parameter_shapes(model))
-    if not {_template(name) for name in slots} <= set(places):
+    homes = rules.homes(family, parameter_shapes(model))
+    if not {_template(name) for name in homes} <= set(places):
         raise CheckpointError(
             f"the order of a {family.model_type} model's parameters isn't known; expected one of "
             f"{', '.join(MODULE_ORDERS)}: estimate second moments from the data instead"
@@ -117,18 +117,18 @@ def named_parameters(config: Any) -> list[Parameter]:
         return segment, int(layer[1]) if layer else 0, position, name.endswith(".bias")
 
     prefix = f"{family.base_prefix}."
-    weights = {slot.parameter for slot in slots.values() if slot.parameter.endswith(".kernel")}
+    weights = {home.parameter for home in homes.values() if home.parameter.endswith(".kernel")}
     parameters = []
-    for name in sorted(slots, key=place):
-        slot = slots[name]
-        owner = slot.parameter.rpartition(".")[0]
+    for name in sorted(homes, key=place):
+        home = homes[name]
+        owner = home.parameter.rpartition(".")[0]
         module = None
         if f"{owner}.kernel" in weights:
             module = name.rpartition(".")[0].removeprefix(prefix)
-        is_weight = slot.parameter.endswith(".kernel")
+        is_weight = home.parameter.endswith(".kernel")
         # Our kernels are [in, out]: what is taken as it is, is stored so.
-        transposed = is_weight and slot.transform is rules.IDENTITY
-        parameters.append(Parameter(name, slot.shape, module, transposed))
+        transposed = is_weight and home.transform is rules.IDENTITY
+        parameters.append(Parameter(name, home.shape, module, transposed))
     return parameters
 
 

@@ -20,7 +20,7 @@ def decoder_config(config: Any) -> DecoderConfig:
             "output_bias": True,
             "qk_norm": layer_norm if config.qk_layernorm else None,
         },
-        mlp={"kind": "plain", "bias": True},
+        mlp={"variant": "plain", "bias": True},
         residual="shared",
         head_bias=True,
     )

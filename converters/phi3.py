@@ -24,7 +24,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         norm=rms(config, wide_scale=False),
         ropes=[rope_config(config, head_size(config), partial=True)],
         attention={"fused": "blocks", "windows": same_window(config)},
-        mlp={"kind": "fused"},
+        mlp={"variant": "fused"},
     )
 
 

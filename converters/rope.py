@@ -28,7 +28,7 @@ _SETTINGS: dict[str, frozenset[str]] = {
     ),
 }  # fmt: skip
 _ALWAYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-# Written by tools that keep every kind's settings in one table; without effect at these values.
+# Written by tools that keep every variant's settings in one table; without effect at these values.
 _OPTIONAL = {"attn_factor": (1, None), "finetuned": (True, False, None)}
 
 
@@ -50,22 +50,22 @@ def rope_config(
         layer_type: Of the layers that are meant, where a config has settings for each type.
 
     Raises:
-        CheckpointError: If the kind is unknown, or a setting is missing, unknown or senseless.
+        CheckpointError: If the variant is unknown, or a setting is missing, unknown or senseless.
     """
     given: Mapping[str, Any] = config.rope_parameters or {}
     if layer_type is not None:
         given = given.get(layer_type) or {}
-    kind = given.get("rope_type", "default")
-    if kind not in _SETTINGS:
+    variant = given.get("rope_type", "default")
+    if variant not in _SETTINGS:
         raise CheckpointError(
-            f"config.json asks for rope_type {kind!r}; expected one of {', '.join(_SETTINGS)}"
+            f"config.json asks for rope_type {variant!r}; expected one of {', '.join(_SETTINGS)}"
         )
     for name, value in given.items():
-        known = name in _ALWAYS | _SETTINGS[kind] or value in _OPTIONAL.get(name, ())
+        known = name in _ALWAYS | _SETTINGS[variant] or value in _OPTIONAL.get(name, ())
         if not known and value is not None:
             raise CheckpointError(
-                f"config.json sets {name} for rope_type {kind!r}, which has no such setting; "
-                f"expected {', '.join(sorted(_SETTINGS[kind])) or 'rope_theta alone'}"
+                f"config.json sets {name} for rope_type {variant!r}, which has no such setting; "
+                f"expected {', '.join(sorted(_SETTINGS[variant])) or 'rope_theta alone'}"
             )
 
     def number(name: str, default: float | None = None) -> float:
@@ -73,7 +73,7 @@ def rope_config(
         value = default if value is None else value
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise CheckpointError(
-                f"config.json sets {name} of rope_type {kind!r} to {value!r}; "
+                f"config.json sets {name} of rope_type {variant!r} to {value!r}; "
                 "expected a positive number"
             )
         return float(value)
@@ -85,35 +85,35 @@ def rope_config(
             f"config.json rotates {share:g} of {head_size} features per head; expected "
             f"{'2 to all' if partial else 'all'} of them"
         )
-    if kind == "dynamic" and dimensions < 4:
+    if variant == "dynamic" and dimensions < 4:
         raise CheckpointError(f"rope_type 'dynamic' rotates {dimensions} features; expected 4 on")
     theta = number("rope_theta", 10000.0)
     original = config.max_position_embeddings
-    if kind in ("llama3", "yarn", "longrope"):
+    if variant in ("llama3", "yarn", "longrope"):
         original = number("original_max_position_embeddings", original)
-    if kind == "default":
+    if variant == "default":
         factor = 1.0
     else:
         # longrope's factor may be left to the two contexts' ratio.
-        ratio = config.max_position_embeddings / original if kind == "longrope" else None
+        ratio = config.max_position_embeddings / original if variant == "longrope" else None
         factor = number("factor", ratio)
-    if kind == "longrope":
+    if variant == "longrope":
         return RopeConfig(
-            dimensions, theta, kind, factor, int(original),
+            dimensions, theta, variant, factor, int(original),
             short_factors=_wavelength_factors(given, "short_factor", dimensions),
             long_factors=_wavelength_factors(given, "long_factor", dimensions),
             scale=_longrope_scale(given, factor, original),
             interleaved=interleaved,
         )  # fmt: skip
-    if kind != "yarn":
+    if variant != "yarn":
         return RopeConfig(
-            dimensions, theta, kind, factor, int(original),
+            dimensions, theta, variant, factor, int(original),
             interleaved=interleaved,
             low_frequency_factor=number("low_freq_factor", 1.0),
             high_frequency_factor=number("high_freq_factor", 4.0),
         )  # fmt: skip
     return RopeConfig(
-        dimensions, theta, kind, factor, int(original),
+        dimensions, theta, variant, factor, int(original),
         interleaved=interleaved,
         beta_fast=number("beta_fast", 32.0),
         beta_slow=number("beta_slow", 1.0),

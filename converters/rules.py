@@ -123,7 +123,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Slot:
+class Home:
     """The place in our parameters of one tensor of theirs.
 
     Attributes:
@@ -147,7 +147,7 @@ class Slot:
         return entry[..., k * width : (k + 1) * width] if count > 1 else entry
 
 
-def slots(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
+def homes(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Home]:
     """Every tensor that a checkpoint of this module has, by name.
 
     Args:
@@ -157,7 +157,7 @@ def slots(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Sl
     Raises:
         ValueError: If the table doesn't name each parameter exactly once.
     """
-    found: dict[str, Slot] = {}
+    found: dict[str, Home] = {}
     parts: dict[str, set[int]] = {}
     missing: dict[str, int] = {}
     for rule in family.rules:
@@ -179,7 +179,7 @@ def slots(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Sl
             name = rule.theirs.format(**dict(zip(axes, index, strict=True)))
             if name in found:
                 raise ValueError(f"{family.model_type}'s table gives {name} to two parameters")
-            found[name] = Slot(rule.ours, index, shape, rule.transform, rule.part)
+            found[name] = Home(rule.ours, index, shape, rule.transform, rule.part)
     if forgotten := sorted(path for path in shapes if missing.get(path, 1)):
         raise ValueError(f"{family.model_type}'s table has no rule for {', '.join(forgotten)}")
     return found

@@ -69,12 +69,12 @@ def write(loaded: LoadedModel, folder: Path, *, shard_bytes: int = SHARD_BYTES) 
     adapters.refuse(model, "which save doesn't write")
     family = registry.family_of(config)
     arrays = {path: variable.get_value() for path, variable in parameters(model).items()}
-    wanted = rules.slots(family, {path: array.shape for path, array in arrays.items()})
+    wanted = rules.homes(family, {path: array.shape for path, array in arrays.items()})
     writer = jax.process_index() == 0
     with together():
         if writer:
             write_companions(loaded, folder, loaded.dtype)
-    files = _divide({name: _bytes(slot, arrays) for name, slot in wanted.items()}, shard_bytes)
+    files = _divide({name: _bytes(home, arrays) for name, home in wanted.items()}, shard_bytes)
     for file, names in files.items():
         values = (to_theirs(wanted[name], arrays) for name in names)
         if writer:
@@ -83,17 +83,17 @@ def write(loaded: LoadedModel, folder: Path, *, shard_bytes: int = SHARD_BYTES) 
         for _ in values:  # fetching a sharded array needs every process
             pass
     if writer and len(files) > 1:
-        _write_index(folder, files, sum(_bytes(slot, arrays) for slot in wanted.values()))
+        _write_index(folder, files, sum(_bytes(home, arrays) for home in wanted.values()))
 
 
-def to_theirs(slot: rules.Slot, arrays: Mapping[str, Any]) -> Shaped[np.ndarray, "..."]:
+def to_theirs(home: rules.Home, arrays: Mapping[str, Any]) -> Shaped[np.ndarray, "..."]:
     """One tensor of a checkpoint, from our parameters, on the host."""
-    entry = fetch(arrays[slot.parameter], lambda array: array[slot.index] if slot.index else array)
-    return slot.transform.to_theirs(slot.part_of(entry))
+    entry = fetch(arrays[home.parameter], lambda array: array[home.index] if home.index else array)
+    return home.transform.to_theirs(home.part_of(entry))
 
 
-def _bytes(slot: rules.Slot, arrays: Mapping[str, Any]) -> int:
-    return math.prod(slot.shape) * arrays[slot.parameter].dtype.itemsize
+def _bytes(home: rules.Home, arrays: Mapping[str, Any]) -> int:
+    return math.prod(home.shape) * arrays[home.parameter].dtype.itemsize
 
 
 def _divide(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:

@@ -28,7 +28,7 @@ def decoder_config(config: Any) -> DecoderConfig:
             "output_bias": config.use_bias,
             "windows": same_window(config),
         },
-        mlp={"kind": "plain", "bias": config.use_bias},
+        mlp={"variant": "plain", "bias": config.use_bias},
     )
 
 

@@ -63,15 +63,15 @@ def verify(name_or_folder: str | Path, *, revision: str | None = None, tokens: i
     adapters.refuse(model, "which verify can't write back")
     family = registry.family_of(config)
     arrays = {path: variable.get_value() for path, variable in parameters(model).items()}
-    wanted = rules.slots(family, {path: array.shape for path, array in arrays.items()})
+    wanted = rules.homes(family, {path: array.shape for path, array in arrays.items()})
     stored = matching.match(family, wanted, open_checkpoint(source.folder))
-    for name, slot in wanted.items():
+    for name, home in wanted.items():
         values = stored[name].read()
-        again = np.ascontiguousarray(to_theirs(slot, arrays).astype(values.dtype))
+        again = np.ascontiguousarray(to_theirs(home, arrays).astype(values.dtype))
         if again.tobytes() != values.tobytes():
             raise CheckpointError(
                 f"{name} of {source.folder} comes back changed; expected the same bits; "
-                f"the rule of {slot.parameter} in {family.model_type}'s table isn't reversible"
+                f"the rule of {home.parameter} in {family.model_type}'s table isn't reversible"
             )
     documents = jnp.arange(tokens, dtype=jnp.int32)[None] % model.config.vocabulary_size
     logits = np.asarray(nnx.jit(lambda m, x: m(x))(model, documents), np.float32)

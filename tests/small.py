@@ -63,7 +63,7 @@ def decoder(seed: int = 0, **changes) -> Decoder:
         }
         | changes.pop("attention", {})
     )
-    mlp = {"activation": "gelu", "kind": "plain", "bias": True} | changes.pop("mlp", {})
+    mlp = {"activation": "gelu", "variant": "plain", "bias": True} | changes.pop("mlp", {})
     settings = {
         "family": "gpt_neox",
         "vocabulary_size": 53,
@@ -85,7 +85,7 @@ LLAMA = {
     "key_value_heads": 1,
     "norm": NormConfig("rms", 1e-5, wide_scale=False),
     "attention": {"fused": None, "bias": False, "output_bias": False},
-    "mlp": {"activation": "silu", "kind": "gated", "bias": False},
+    "mlp": {"activation": "silu", "variant": "gated", "bias": False},
 }
 
 

@@ -17,7 +17,7 @@ from jhessians.data.documents import Documents
 from jhessians.devices.mesh import mark_sharded, parameter_specs
 from jhessians.folds.shampoo import Shampoo
 from jhessians.folds.tkfac import TraceCovariance
-from jhessians.interop.export import ArraySource, Destination
+from jhessians.interop.export import ArrayRows, Destination
 from tests import small
 from tests.small import relative_error
 from tests.tolerances import INVARIANCE
@@ -144,7 +144,7 @@ def test_batches_padding_and_order(references, model, data, labels):
 def test_shards_on_disk(references, tmp_path, data, shards):
     factors = references("dataset")
     sources = {
-        kind: {name: ArraySource(value) for name, value in modules.items()}
+        kind: {name: ArrayRows(value) for name, value in modules.items()}
         for kind, modules in factors.items()
     }
     Destination(

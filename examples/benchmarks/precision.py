@@ -111,7 +111,7 @@ class Fit:
         found: dict[str, dict[str, np.ndarray]] = {"A": {}, "S": {}}
         for each in covariance_matrices(problem.sites):
             module = each.site.module_names()[each.slot or 0]
-            found["A" if each.kind == "activation" else "S"][module] = each.read(sums)
+            found["A" if each.side == "activation" else "S"][module] = each.read(sums)
         return found
 
     def eigenvectors(self, exact: dict[str, dict[str, np.ndarray]]) -> dict[str, dict]:
@@ -119,8 +119,8 @@ class Fit:
         found: dict[str, dict] = {}
         for each in covariance_matrices(self.problem(np.float64, HIGHEST).sites):
             module = each.site.module_names()[each.slot or 0]
-            matrix = exact["A" if each.kind == "activation" else "S"][module]
-            of_site = found.setdefault(each.site.name, {}).setdefault(each.kind, [])
+            matrix = exact["A" if each.side == "activation" else "S"][module]
+            of_site = found.setdefault(each.site.name, {}).setdefault(each.side, [])
             of_site.append(np.linalg.eigh(matrix)[1])
         return {name: {k: np.stack(x) for k, x in kinds.items()} for name, kinds in found.items()}
 

@@ -53,7 +53,7 @@ def parse(command: Command, arguments: Sequence[str]) -> Any:
     values |= {name: given.pop(name) for name in places if name in given}
     for each in command.positionals:
         if each.name not in values:
-            lists = [o.name for o in options if o.kind == "list" and o.name in given]
+            lists = [o.name for o in options if o.value_type == "list" and o.name in given]
             before = f" (put it before --{lists[0]})" if lists else ""
             raise ConfigError(
                 f"{each.name.upper()} is missing; give it{before}, such as {each.example}"

@@ -85,18 +85,18 @@ def add_options(parser: Parser, config_class: type) -> None:
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     text = f"{option.help} [default: {option.default_in_words}]".replace("%", "%%")
     flag = f"--{option.name}"
-    if option.kind == "flag":
+    if option.value_type == "flag":
         group.add_argument(
             flag, type=_flag_word, nargs="?", const=True, metavar="true|false", help=text
         )
-    elif option.kind == "list":
+    elif option.value_type == "list":
         group.add_argument(flag, nargs="+", metavar=option.metavar, help=text)
     elif option.choices:
         # The config checks choices itself: its message suggests near misses.
         metavar = option.metavar or "{" + ",".join(option.choices) + "}"
         group.add_argument(flag, metavar=metavar, help=text)
     else:
-        number: Callable[[str], Any] = {"integer": int, "number": float}.get(option.kind, str)
+        number: Callable[[str], Any] = {"integer": int, "number": float}.get(option.value_type, str)
         if option.words:  # the config knows them
             number = _number_or_word(option)
         group.add_argument(flag, type=number, metavar=option.metavar or "VALUE", help=text)
@@ -131,8 +131,8 @@ def normalize_flags(arguments: Sequence[str], options: Sequence[Option]) -> list
     Raises:
         ConfigError: If a flag is unknown, with the nearest ones.
     """
-    kinds: dict[str, str] = {each.name: each.kind for each in options}
-    known = [*kinds, "config", "help"]
+    value_types: dict[str, str] = {each.name: each.value_type for each in options}
+    known = [*value_types, "config", "help"]
     result: list[str] = []
     words = list(arguments)
     while words:
@@ -148,7 +148,7 @@ def normalize_flags(arguments: Sequence[str], options: Sequence[Option]) -> list
         if name not in known or not typed.startswith("--"):
             hint = did_you_mean(name, known, prefix="--")
             raise ConfigError(f"unknown option {typed}{hint or '; see --help for all'}")
-        if kinds.get(name) == "flag" and not equals:
+        if value_types.get(name) == "flag" and not equals:
             value = words.pop(0) if words and _is_flag_word(words[0]) else "true"
             equals = "="
         result.append(f"--{name}{equals}{value}")

@@ -110,7 +110,7 @@ class InputOptions:
         None,
         "Process this many tokens: the data set's beginning, or repetitions of a smaller one.",
         group=DATA,
-        kind="integer",
+        value_type="integer",
         metavar="TOKENS",
         unit="tokens",
         minimum=2,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from jhessians.errors import ConfigError, did_you_mean
 
-Kind = Literal["text", "integer", "number", "flag", "list"]
+ValueType = Literal["text", "integer", "number", "flag", "list"]
 
 _TYPES: dict[str, tuple[Any, str]] = {
     "text": (str, "text"),
@@ -35,7 +35,7 @@ class Option:
         default: The value when nothing is said.
         help: One or two sentences.
         group: Heading in `--help`.
-        kind: How a value is read.
+        value_type: How a value is read.
         unit: Unit of an integer, such as "tokens".
         metavar: Placeholder for the value in `--help`.
         choices: The only values allowed, if any.
@@ -50,7 +50,7 @@ class Option:
     default: Any
     help: str
     group: str
-    kind: Kind
+    value_type: ValueType
     unit: str = ""
     metavar: str = ""
     choices: tuple[str, ...] = ()
@@ -70,13 +70,17 @@ class Option:
         return f"{self.default} {self.unit}".rstrip()
 
 
-def option(default: Any, help: str, *, group: str, kind: Kind | None = None, **more: Any) -> Any:
-    """A dataclass field that carries an `Option`; `kind` follows the default unless given."""
-    kinds: dict[type, Kind] = {
+def option(
+    default: Any, help: str, *, group: str, value_type: ValueType | None = None, **more: Any
+) -> Any:
+    """A dataclass field that carries an `Option`; `value_type` follows the default unless given."""
+    value_types: dict[type, ValueType] = {
         bool: "flag", int: "integer", float: "number", str: "text", tuple: "list"
     }  # fmt: skip
-    kind = kind or kinds.get(type(default), "text")
-    return field(default=default, metadata={"help": help, "group": group, "kind": kind} | more)
+    value_type = value_type or value_types.get(type(default), "text")
+    return field(
+        default=default, metadata={"help": help, "group": group, "value_type": value_type} | more
+    )
 
 
 def options_of(config_class: type) -> tuple[Option, ...]:
@@ -120,17 +124,17 @@ def check(option: Option, value: Any) -> Any:
         raise ConfigError(
             f"--{option.name} needs a value; leave it out for {option.default_in_words}"
         )
-    if option.kind == "list":
+    if option.value_type == "list":
         words = value.split(",") if isinstance(value, str) else value
         if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
             raise ConfigError(f"--{option.name} takes a list of names, got {value!r}")
         return tuple(part for word in words for part in word.replace(",", " ").split())
     value = option.words.get(value, value) if isinstance(value, str) else value
-    expected, words = _TYPES[option.kind]
+    expected, words = _TYPES[option.value_type]
     # A bool is an int to Python, yet `seed: true` is a slip.
-    if not isinstance(value, expected) or (option.kind != "flag" and isinstance(value, bool)):
+    if not isinstance(value, expected) or (option.value_type != "flag" and isinstance(value, bool)):
         raise ConfigError(f"--{option.name} takes {words}, got {value!r}")
-    if option.kind == "number":
+    if option.value_type == "number":
         value = float(value)
     if option.choices and value not in option.choices:
         hint = did_you_mean(value, option.choices)

@@ -18,7 +18,7 @@ class StatisticsOptions:
         None,
         "Compute the eigenvalue correction too, of any method: with it, kfac becomes ekfac.",
         group=STATISTICS,
-        kind="flag",
+        value_type="flag",
         default_text="as the method implies: true for ekfac, else false",
     )
     fisher_type: str | None = option(

@@ -21,28 +21,28 @@ from jhessians.linalg.eigen import Eigen
 from jhessians.linalg.symmetric import unpack
 from jhessians.typing import Array, DTypeLike, PyTree
 
-KINDS: tuple[Literal["activation", "gradient"], ...] = ("activation", "gradient")
+SIDES: tuple[Literal["activation", "gradient"], ...] = ("activation", "gradient")
 
 
 class Matrix(NamedTuple):
     """One covariance among the statistics: of which linears, and where it lies in a stack."""
 
     site: Site
-    kind: Literal["activation", "gradient"]
+    side: Literal["activation", "gradient"]
     slot: int | None
 
     @property
     def dimension(self) -> int:
-        return self.site.inputs if self.kind == "activation" else self.site.out_features
+        return self.site.inputs if self.side == "activation" else self.site.out_features
 
     @property
     def name(self) -> str:
         """For messages."""
-        return f"the {self.kind} covariance of {self.site.module_names()[self.slot or 0]}"
+        return f"the {self.side} covariance of {self.site.module_names()[self.slot or 0]}"
 
     def read(self, statistics: Statistics) -> np.ndarray:
         """The whole symmetric matrix, on the host."""
-        blocks = statistics[self.site.name][self.kind]
+        blocks = statistics[self.site.name][self.side]
         take = (lambda x: x) if self.slot is None else (lambda x: x[self.slot])
         return unpack([fetch(block, take) for block in blocks], self.dimension)
 
@@ -50,10 +50,10 @@ class Matrix(NamedTuple):
 def covariance_matrices(sites: Mapping[str, Site]) -> list[Matrix]:
     """Every distinct matrix, sites in order; an input that several linears read counts once."""
     return [
-        Matrix(site, kind, slot)
+        Matrix(site, side, slot)
         for site in sites.values()
-        for kind in KINDS
-        if kind == "gradient" or site.owns_input
+        for side in SIDES
+        if side == "gradient" or site.owns_input
         for slot in site.slots
     ]
 
@@ -78,7 +78,7 @@ class TermCounts:
 
 
 class Eigenbases(NamedTuple):
-    """Eigenpairs of all covariances, by site and kind; an input's are kept by its `input_site`.
+    """Eigenpairs of all covariances, by site and side; an input's are kept by its `input_site`.
 
     Attributes:
         vectors: [layer, row, d] in stacks, else [row, d]; columns are eigenvectors, rows are
@@ -94,11 +94,11 @@ def eigenvector_shapes(problem: Problem, dtype: DTypeLike) -> PyTree[jax.ShapeDt
     """Shapes and shardings of `Eigenbases.vectors`, before there are any."""
     devices = problem.mesh.size if problem.mesh else 1
     shapes: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-    for site, kind, _ in covariance_matrices(problem.sites):
-        d = site.inputs if kind == "activation" else site.out_features
+    for site, side, _ in covariance_matrices(problem.sites):
+        d = site.inputs if side == "activation" else site.out_features
         stack = () if site.members is None else (len(site.members),)
         shape = (*stack, d + -d % devices, d)
-        shapes.setdefault(site.name, {})[kind] = jax.ShapeDtypeStruct(shape, dtype)
+        shapes.setdefault(site.name, {})[side] = jax.ShapeDtypeStruct(shape, dtype)
     return shaped_rows(problem.sites, shapes, problem.mesh)
 
 
@@ -124,15 +124,15 @@ def eigendecompose_covariances(
         NumericsError: If a matrix isn't finite; it is named.
     """
     order = sorted(covariance_matrices(problem.sites), key=lambda m: -m.dimension)
-    pending = Counter((m.site.name, m.kind) for m in order)
+    pending = Counter((m.site.name, m.side) for m in order)
     unread = pending.copy()
 
     def task(matrix: Matrix) -> Task:
         def read() -> np.ndarray:
-            whole, key = matrix.read(statistics), (matrix.site.name, matrix.kind)
+            whole, key = matrix.read(statistics), (matrix.site.name, matrix.side)
             unread[key] -= 1
             if not unread[key]:
-                del statistics[matrix.site.name][matrix.kind]
+                del statistics[matrix.site.name][matrix.side]
             return whole
 
         return Task(matrix.name, matrix.dimension, terms.of(matrix.site, matrix.slot), read)
@@ -140,8 +140,8 @@ def eigendecompose_covariances(
     bases = Eigenbases({}, {})
     stacks: dict[tuple[str, str], Eigen] = {}
     for matrix, pair in zip(order, decompose([task(m) for m in order], dtype), strict=True):
-        site, kind, slot = matrix
-        key = (site.name, kind)
+        site, side, slot = matrix
+        key = (site.name, side)
         if slot is None:
             stacks[key] = pair
         else:
@@ -150,9 +150,9 @@ def eigendecompose_covariances(
         pending[key] -= 1
         if not pending[key]:
             done = stacks.pop(key)
-            bases.values.setdefault(site.name, {})[kind] = done.values
+            bases.values.setdefault(site.name, {})[side] = done.values
             rows = place_rows(done.vectors, problem.mesh, axis=done.vectors.ndim - 2)
-            bases.vectors.setdefault(site.name, {})[kind] = rows
+            bases.vectors.setdefault(site.name, {})[side] = rows
         advance()
     return bases
 

@@ -11,13 +11,13 @@ from jaxtyping import Float
 
 from jhessians.capture.site import Site, Statistics
 from jhessians.fitting.eigenbases import Eigenbases, Matrix, TermCounts
-from jhessians.interop.sources import ArraySource, ScaledSource, TensorSource
+from jhessians.interop.tensors import ArrayRows, ScaledRows, TensorRows
 
-Kinds = dict[str, dict[str, TensorSource]]
+Kinds = dict[str, dict[str, TensorRows]]
 KindShapes = dict[str, dict[str, tuple[int, ...]]]
 
 
-def covariance_sources(sites: Mapping[str, Site], statistics: Statistics) -> Kinds:
+def covariance_tensors(sites: Mapping[str, Site], statistics: Statistics) -> Kinds:
     """A and S of every module, sums over positions."""
     kinds: Kinds = {"activation_covariance": {}, "gradient_covariance": {}}
     for module, site, slot in _modules(sites):
@@ -28,7 +28,7 @@ def covariance_sources(sites: Mapping[str, Site], statistics: Statistics) -> Kin
     return kinds
 
 
-def eigen_sources(
+def eigen_tensors(
     sites: Mapping[str, Site], bases: Eigenbases, terms: TermCounts, documents: int
 ) -> Kinds:
     """Eigenvectors, their outer eigenvalues, and each factor's own.
@@ -52,26 +52,26 @@ def eigen_sources(
                                                               site.out_features)  # fmt: skip
         values = {}
         per_document = terms.of(site, slot) / documents
-        for name, kind, d in (a, s):
-            vectors = bases.vectors[name][kind]
-            kinds[f"{kind}_eigenvectors"][module] = ArraySource(vectors, index=index, shape=(d, d))
-            values[kind] = bases.values[name][kind][index]
+        for name, side, d in (a, s):
+            vectors = bases.vectors[name][side]
+            kinds[f"{side}_eigenvectors"][module] = ArrayRows(vectors, index=index, shape=(d, d))
+            values[side] = bases.values[name][side][index]
             # The scale is split evenly, so that the product of the factors' is that of the outer.
-            own = ScaledSource(ArraySource(values[kind]), per_document**0.5)
-            kinds[f"{kind}_eigenvalues"][module] = own
+            own = ScaledRows(ArrayRows(values[side]), per_document**0.5)
+            kinds[f"{side}_eigenvalues"][module] = own
         outer = _Outer(values["gradient"], values["activation"])
-        kinds["eigenvalue"][module] = ScaledSource(outer, per_document)
+        kinds["eigenvalue"][module] = ScaledRows(outer, per_document)
     return kinds
 
 
-def correction_sources(sites: Mapping[str, Site], squares: Statistics, documents: int) -> Kinds:
+def correction_tensors(sites: Mapping[str, Site], squares: Statistics, documents: int) -> Kinds:
     """Λ of every module, a mean over documents."""
-    tensors: dict[str, TensorSource] = {}
+    tensors: dict[str, TensorRows] = {}
     for module, site, slot in _modules(sites):
         shape = (site.out_features, site.inputs)
         index = () if slot is None else slot
-        rows = ArraySource(squares[site.name], index=index, shape=shape)
-        tensors[module] = ScaledSource(rows, 1 / documents)
+        rows = ArrayRows(squares[site.name], index=index, shape=shape)
+        tensors[module] = ScaledRows(rows, 1 / documents)
     return {"eigenvalue_correction": tensors}
 
 

@@ -15,7 +15,7 @@ from jhessians.fitting.eigenbases import (
     eigendecompose_covariances,
     eigenvector_shapes,
 )
-from jhessians.fitting.factors import Kinds, correction_sources, covariance_sources, eigen_sources
+from jhessians.fitting.factors import Kinds, correction_tensors, covariance_tensors, eigen_tensors
 from jhessians.fitting.passes import Pass
 from jhessians.fitting.reporting import Reporter, Silent
 from jhessians.folds.correction import EigenvalueCorrection
@@ -114,16 +114,16 @@ def fit_stages(
             f"{unused} of {everyone} expert linears got no position: their factors are zero; "
             "give more data, or leave these modules out"
         )
-    yield covariance_sources(sites, covariances)
+    yield covariance_tensors(sites, covariances)
 
     matrices = len(covariance_matrices(sites))
     with progress.stage("Eigendecompositions", matrices, "matrices") as stage:
         bases = eigendecompose_covariances(
             problem, covariances, terms=counts, dtype=dtype, advance=stage.advance
         )
-    yield eigen_sources(sites, bases, counts, documents)
+    yield eigen_tensors(sites, bases, counts, documents)
 
     if correct_eigenvalues:
         with progress.stage("Eigenvalue correction", positions, "positions") as stage:
             squares = correction.run(batches, operands=bases.vectors, advance=stage.advance)
-        yield correction_sources(sites, squares, documents)
+        yield correction_tensors(sites, squares, documents)

@@ -36,13 +36,13 @@ from jhessians.interop.processor import (
 )
 from jhessians.interop.processor_files import LEGACY_NAMES
 from jhessians.interop.shards import link_file, link_or_copy, raise_together, write_sharded
-from jhessians.interop.sources import ArraySource, ScaledSource, TensorSource
+from jhessians.interop.tensors import ArrayRows, ScaledRows, TensorRows
 
 __all__ = [
-    "ArraySource",
+    "ArrayRows",
     "Destination",
-    "ScaledSource",
-    "TensorSource",
+    "ScaledRows",
+    "TensorRows",
     "link_or_copy",
     "write_config",
     "write_sharded",
@@ -80,7 +80,7 @@ class Destination:
     def write_kind(
         self,
         kind: str,
-        tensors: Mapping[str, TensorSource],
+        tensors: Mapping[str, TensorRows],
         *,
         among: Mapping[str, tuple[int, ...]] | None = None,
         fresh: bool = True,
@@ -115,7 +115,7 @@ class Destination:
             return
         if KINDS[kind].older_per_position:
             scale = self.documents / self.total_processed
-            write(older, {name: ScaledSource(source, scale) for name, source in tensors.items()})
+            write(older, {name: ScaledRows(source, scale) for name, source in tensors.items()})
         elif written is None:
             write(older, tensors)
         elif last:
@@ -171,7 +171,7 @@ class Destination:
 
     def write_factors(
         self,
-        factors: Mapping[str, Mapping[str, TensorSource]],
+        factors: Mapping[str, Mapping[str, TensorRows]],
         *,
         include_bias: bool = False,
     ) -> None:

@@ -24,7 +24,7 @@ from jhessians.errors import NumericsError
 from jhessians.interop.layout import DTYPES, shard_bounds, shard_name
 from jhessians.interop.rundir import output_error
 from jhessians.interop.safetensors_file import safetensors_header
-from jhessians.interop.sources import TensorSource
+from jhessians.interop.tensors import TensorRows
 
 BLOCK_BYTES = 64 << 20
 """Size of the block of rows that is fetched at a time, counted as float32."""
@@ -38,7 +38,7 @@ Ranges = Mapping[str, tuple[int, int]]
 
 def write_sharded(
     folder: Path,
-    tensors: Mapping[str, TensorSource],
+    tensors: Mapping[str, TensorRows],
     *,
     shards: int,
     dtype: str,
@@ -132,7 +132,7 @@ def raise_together(failure: OSError | None, path: Path) -> None:
 
 def _blocks(
     folder: str,
-    tensors: Mapping[str, TensorSource],
+    tensors: Mapping[str, TensorRows],
     ranges: Sequence[Ranges],
     target: np.dtype,
     block_bytes: int,

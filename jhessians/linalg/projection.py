@@ -48,14 +48,14 @@ class Projection:
 
     Attributes:
         dimension: p. A matrix is [p, columns].
-        kind: Entries ±1, or standard normal.
+        distribution: Entries ±1, or standard normal.
         scale: `jl` divides by √p, which keeps lengths in expectation; `row_norm` makes every row
             a unit vector.
         seed: Every seed gives other matrices; None is bergson's default.
     """
 
     dimension: int
-    kind: Literal["rademacher", "normal"] = "rademacher"
+    distribution: Literal["rademacher", "normal"] = "rademacher"
     scale: Literal["jl", "row_norm"] = "jl"
     seed: int | None = None
 
@@ -91,7 +91,7 @@ class Projection:
         """
 
         def make(key: UInt32[Array, "2"]) -> Float[Array, "p c"]:
-            return random_entries(key, self.dimension, max(columns), self.kind)
+            return random_entries(key, self.dimension, max(columns), self.distribution)
 
         entries = jax.vmap(make)(jnp.asarray(keys)).astype(dtype)
         return [self._scaled(entries[i, :, :width]) for i, width in enumerate(columns)]
@@ -111,7 +111,7 @@ def random_entries(
     key: UInt32[Array | np.ndarray, "2"],
     rows: int,
     columns: int,
-    kind: Literal["rademacher", "normal"],
+    distribution: Literal["rademacher", "normal"],
     first_column: UInt32[Array, ""] | int = 0,
 ) -> Float[Array, "r c"]:
     """Columns `first_column` and following of the matrix of a key, unscaled, in float32.
@@ -120,10 +120,10 @@ def random_entries(
         key: From `projection_key`.
         rows: Number of rows, counted from row 0.
         columns: Number of columns.
-        kind: Distribution of the entries.
+        distribution: Distribution of the entries.
         first_column: A multiple of 128; may be traced.
     """
-    per_counter = COLUMNS_PER_COUNTER if kind == "rademacher" else 4
+    per_counter = COLUMNS_PER_COUNTER if distribution == "rademacher" else 4
     counters = -(-columns // per_counter)
     first = jnp.asarray(first_column, jnp.uint32) // np.uint32(per_counter)
     counter = (first + jnp.arange(counters, dtype=jnp.uint32))[None]
@@ -132,7 +132,7 @@ def random_entries(
         jnp.broadcast_to(jnp.arange(rows, dtype=jnp.uint32)[:, None], (rows, counters)),
         jnp.asarray(key, jnp.uint32),
     )
-    entries = _signs(words) if kind == "rademacher" else _normals(words)
+    entries = _signs(words) if distribution == "rademacher" else _normals(words)
     return entries.reshape(rows, counters * per_counter)[:, :columns]
 
 
@@ -238,7 +238,11 @@ def project_global(
     def step(totals: tuple[Array, Array], chunk: dict[str, Array]) -> tuple[tuple, None]:
         total, squares = totals
         entries = random_entries(
-            keys[chunk["block"]], p, width, projection.kind, chunk["first"].astype(jnp.uint32)
+            keys[chunk["block"]],
+            p,
+            width,
+            projection.distribution,
+            chunk["first"].astype(jnp.uint32),
         ).astype(u.dtype)
         entries = jnp.where((jnp.arange(width, dtype=jnp.int32) < chunk["valid"])[None], entries, 0)
         squares += jnp.square(entries).sum(1)

@@ -86,7 +86,7 @@ class AutocorrelationMethod(Method):
             {name: (pair.values, pair.vectors) for name, pair in result.eigen.items()},
             projection_dim=options.projection_dim or None,
             reshape_to_square=options.reshape_to_square,
-            projection_type=rows.projection.kind if rows.projection else "rademacher",
+            projection_type=rows.projection.distribution if rows.projection else "rademacher",
             projection_target="global" if joint else "per_module",
             projection_scale=rows.projection.scale if rows.projection else "jl",
             include_bias=run.include_bias,

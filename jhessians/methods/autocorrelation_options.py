@@ -52,7 +52,7 @@ class AutocorrelationOptions:
         None,
         "Seed of the projection; another seed gives other matrices.",
         group=AUTOCORRELATION,
-        kind="integer",
+        value_type="integer",
         metavar="N",
         minimum=0,
         default_text="none, as bergson's",

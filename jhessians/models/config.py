@@ -14,7 +14,7 @@ class NormConfig:
     """A norm over the last axis.
 
     Attributes:
-        kind: `layer` subtracts the mean, `rms` doesn't.
+        variant: `layer` subtracts the mean, `rms` doesn't.
         epsilon: Added to the variance or mean square.
         scale: Whether the result is multiplied by a learned vector.
         bias: Whether a learned vector is added.
@@ -23,7 +23,7 @@ class NormConfig:
             model's number format, or after.
     """
 
-    kind: Literal["layer", "rms"]
+    variant: Literal["layer", "rms"]
     epsilon: float
     scale: bool = True
     bias: bool = False
@@ -38,7 +38,7 @@ class RopeConfig:
     Attributes:
         dimensions: How many of a head's features are rotated, the first ones.
         theta: Base of the wavelengths.
-        kind: How frequencies are stretched beyond the context that the model was trained on.
+        variant: How frequencies are stretched beyond the context that the model was trained on.
         factor: By how much they are stretched.
         original_positions: The context length it was trained on.
         low_frequency_factor: llama3 only: wavelengths over `original / this` are stretched fully.
@@ -56,7 +56,7 @@ class RopeConfig:
 
     dimensions: int
     theta: float = 10000.0
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
+    variant: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     original_positions: int = 0
     low_frequency_factor: float = 1.0
@@ -137,9 +137,9 @@ class MLPConfig:
     Attributes:
         size: Features inside.
         activation: Name of the nonlinearity.
-        kind: `plain`, down(activation(up(x))); `gated`, down(activation(gate(x)) · up(x)); or gated
-            with gate and up as one linear, whose output is `fused`, all of gate before all of up,
-            or `interleaved`, features of gate and up in turn.
+        variant: `plain`, down(activation(up(x))); `gated`, down(activation(gate(x)) · up(x)); or
+            gated with gate and up as one linear, whose output is `fused`, all of gate before all
+            of up, or `interleaved`, features of gate and up in turn.
         bias: Whether the linears have biases.
         limit: For one linear only: upper bound on gate, and bound on the magnitude of up.
         up_offset: For one linear only: added to up.
@@ -147,7 +147,7 @@ class MLPConfig:
 
     size: int
     activation: str
-    kind: Literal["plain", "gated", "fused", "interleaved"] = "gated"
+    variant: Literal["plain", "gated", "fused", "interleaved"] = "gated"
     bias: bool = False
     limit: float | None = None
     up_offset: float = 0.0

@@ -70,7 +70,7 @@ class Decoder(nnx.Module):
     """A decoder-only language model.
 
     Args:
-        config: Its shape and kind.
+        config: Its shape and parts.
         dtype: Of parameters and activations.
         rngs: For random parameters; `nnx.eval_shape` builds it without any.
 

@@ -24,8 +24,8 @@ class MLP(nnx.Module):
         def linear(inputs: int, outputs: int) -> Linear:
             return Linear(inputs, outputs, use_bias=c.bias, dtype=dtype, rngs=rngs)
 
-        separate = c.kind in ("plain", "gated")
-        self.gate = linear(hidden, c.size) if c.kind == "gated" else None
+        separate = c.variant in ("plain", "gated")
+        self.gate = linear(hidden, c.size) if c.variant == "gated" else None
         self.up = linear(hidden, c.size) if separate else None
         self.gate_up = None if separate else linear(hidden, 2 * c.size)
         self.down = linear(c.size, hidden)
@@ -44,7 +44,7 @@ class MLP(nnx.Module):
 def gated(config: MLPConfig, gate_up: Float[Array, "*rows f"]) -> Float[Array, "*rows h"]:
     """activation(gate) · (up + offset) from a fused linear's output, which holds both: f = 2 h."""
     c = config
-    if c.kind == "interleaved":
+    if c.variant == "interleaved":
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]
     else:
         gate, up = jnp.split(gate_up, 2, axis=-1)

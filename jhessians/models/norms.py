@@ -31,7 +31,7 @@ class Norm(nnx.Module):
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         c = self.config
         wide = x.astype(at_least_float32(x.dtype))
-        if c.kind == "layer":
+        if c.variant == "layer":
             wide = wide - wide.mean(-1, keepdims=True)
         normed = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + c.epsilon)
         if not c.wide_scale:

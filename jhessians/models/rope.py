@@ -52,7 +52,7 @@ def rotation(
 
 def depends_on_length(configs: Sequence[RopeConfig]) -> bool:
     """Whether a document that grows may turn differently at the positions that it had before."""
-    return any(config.kind in ("dynamic", "longrope") for config in configs)
+    return any(config.variant in ("dynamic", "longrope") for config in configs)
 
 
 def turns_differently(
@@ -99,20 +99,20 @@ def _frequencies(config: RopeConfig, lengths: Int[Array, " n"]) -> Float[Array, 
     exponents = np.arange(0, config.dimensions, 2, dtype=np.float32) / np.float32(config.dimensions)
     wavelengths = np.power(config.theta, exponents.astype(np.float64)).astype(np.float32)
     frequencies = np.float32(1) / wavelengths
-    if config.kind == "dynamic":
+    if config.variant == "dynamic":
         # Peng & Quesnelle's dynamic NTK-aware base, from the document's own length. The power of
         # the stretch alone is small, and so is its error.
         length = jnp.maximum(lengths, config.original_positions).astype(jnp.float32)
         stretch = config.factor * length / config.original_positions - (config.factor - 1)
         powers = -exponents * np.float32(config.dimensions / (config.dimensions - 2))
         return jnp.asarray(frequencies)[None, :] * stretch[:, None] ** jnp.asarray(powers)[None, :]
-    if config.kind == "longrope":
+    if config.variant == "longrope":
         # Ding et al. 2024, arXiv:2402.13753: two sets of factors, chosen by the document's length.
         factors = (np.array(f, np.float32) for f in (config.short_factors, config.long_factors))
         short, long = (jnp.asarray(np.float32(1) / (f * wavelengths))[None, :] for f in factors)
         return jnp.where((lengths > config.original_positions)[:, None], long, short)
     stretched = {"default": lambda c, f: f, "linear": lambda c, f: f / np.float32(c.factor),
-                 "llama3": _llama3, "yarn": _yarn}[config.kind](config, frequencies)  # fmt: skip
+                 "llama3": _llama3, "yarn": _yarn}[config.variant](config, frequencies)  # fmt: skip
     return jnp.asarray(stretched, jnp.float32)[None, :]
 
 

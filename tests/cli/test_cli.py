@@ -88,7 +88,7 @@ def test_help_fits_80_columns_and_states_every_default(capsys, monkeypatch):
         assert re.search(rf"^  --{each.name} ", text, re.MULTILINE), each.name
         entry = flat.split(f" --{each.name} ", 1)[1].split("[default:", 1)[1]
         assert entry.startswith(f" {each.default_in_words}]"), each.name
-        if each.kind == "integer" and each.unit and not each.default_text:
+        if each.value_type == "integer" and each.unit and not each.default_text:
             assert each.unit in each.default_in_words
     headings = re.findall(r"^(\w[\w ]+):$", text, re.MULTILINE)
     assert headings == [
@@ -156,7 +156,7 @@ def test_both_spellings_of_every_option():
     )
     needs["split_attention_modules"] = sizes
     for each in options_of(ComputeConfig):
-        value = each.choices[-1] if each.choices else values[each.kind]
+        value = each.choices[-1] if each.choices else values[each.value_type]
         value = {"head_dim": "2", "method": "shampoo"}.get(each.name, value)
         context = ["r", "--model", "m", "--dataset", "d", *needs.get(each.name, [])]
         for name in {each.name, each.name.replace("_", "-")}:

@@ -127,7 +127,7 @@ def unnormed(config: DecoderConfig) -> DecoderConfig:
 def swapped_halves(config: DecoderConfig) -> DecoderConfig:
     """All of gate and then all of up, where they take turns."""
     assert config.experts is not None
-    mlp = replace(config.experts.mlp, kind="fused")
+    mlp = replace(config.experts.mlp, variant="fused")
     return replace(config, experts=replace(config.experts, mlp=mlp))
 
 

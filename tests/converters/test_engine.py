@@ -20,10 +20,10 @@ def test_any_number_of_leading_axes(tmp_path):
         llama.FAMILIES[0],
         rules=rules.linear("experts.up", "model.layers.{layer}.mlp.experts.{expert}.up_proj"),
     )
-    slots = rules.slots(family, {"experts.up.kernel": (2, 3, 4, 5)})
-    assert len(slots) == 6
-    slot = slots["model.layers.1.mlp.experts.2.up_proj.weight"]
-    assert (slot.index, slot.shape) == ((1, 2), (5, 4))
+    homes = rules.homes(family, {"experts.up.kernel": (2, 3, 4, 5)})
+    assert len(homes) == 6
+    home = homes["model.layers.1.mlp.experts.2.up_proj.weight"]
+    assert (home.index, home.shape) == ((1, 2), (5, 4))
     assert rules.module_names(family) == {
         "experts.up": "layers.{layer}.mlp.experts.{expert}.up_proj"
     }
@@ -39,7 +39,7 @@ def test_any_number_of_leading_axes(tmp_path):
 )
 def test_tables_must_name_everything_once(shapes, table, message):
     with pytest.raises(ValueError, match=message):
-        rules.slots(dataclasses.replace(llama.FAMILIES[0], rules=table), shapes)
+        rules.homes(dataclasses.replace(llama.FAMILIES[0], rules=table), shapes)
 
 
 @pytest.mark.parametrize("transform", [rules.IDENTITY, rules.TRANSPOSE], ids=lambda t: t.name)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jhessians.interop.export import ArraySource, Destination
+from jhessians.interop.export import ArrayRows, Destination
 from jhessians.interop.layout import KINDS
 
 SIZES = {"layers.1.down": (120, 321), "layers.0.up": (321, 120), "tiny": (3, 5)}
@@ -31,7 +31,7 @@ def make_factors(dtype=np.float32):
 
 def sources(factors):
     return {
-        kind: {module: ArraySource(value) for module, value in tensors.items()}
+        kind: {module: ArrayRows(value) for module, value in tensors.items()}
         for kind, tensors in factors.items()
     }
 

@@ -12,7 +12,7 @@ import safetensors.numpy
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jhessians.interop.sources import _take_entry, _take_window
+from jhessians.interop.tensors import _take_entry, _take_window
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jhessians.errors import OutputError
-from jhessians.interop.export import ArraySource, link_or_copy, write_sharded
+from jhessians.interop.export import ArrayRows, link_or_copy, write_sharded
 
 port, process, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
@@ -30,7 +30,7 @@ mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 whole = np.arange(2 * 48 * 43, dtype=np.float32).reshape(2, 48, 43)
 sharding = NamedSharding(mesh, P(None, "x"))
 stack = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-tensors = {f"h.{layer}": ArraySource(stack, index=layer, shape=(43, 43)) for layer in range(2)}
+tensors = {f"h.{layer}": ArrayRows(stack, index=layer, shape=(43, 43)) for layer in range(2)}
 write_sharded(folder / "a", tensors, shards=3, dtype="fp32")
 link_or_copy(folder / "a", folder / "b")
 (folder / "file").touch()

@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec as P
 from jhessians.errors import NumericsError, OutputError
 from jhessians.interop import shards as shards_module
 from jhessians.interop.export import (
-    ArraySource,
+    ArrayRows,
     Destination,
-    ScaledSource,
+    ScaledRows,
     link_or_copy,
     write_sharded,
 )
@@ -48,7 +48,7 @@ def test_shard_bounds_refuses_a_shard_that_is_not_there():
 def test_a_shard_equals_one_of_the_safetensors_library(tmp_path, dtype):
     name, target = DTYPES[dtype]
     wide = make_factors(np.float64)["eigenvalue"]
-    tensors = {module: ArraySource(value) for module, value in wide.items()}
+    tensors = {module: ArrayRows(value) for module, value in wide.items()}
     write_sharded(tmp_path / "ours", tensors, shards=1, dtype=dtype, block_bytes=1000)
     expected = {module: value.astype(target) for module, value in wide.items()}
     safetensors.numpy.save_file(expected, tmp_path / "theirs.safetensors")
@@ -91,9 +91,9 @@ def test_peak_memory_is_a_block_not_a_shard(tmp_path):
 
 def test_rewriting_a_folder_leaves_its_hard_links_alone(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
-    write_sharded(first, {"m": ArraySource(np.ones((4, 2)))}, shards=1, dtype="fp32")
+    write_sharded(first, {"m": ArrayRows(np.ones((4, 2)))}, shards=1, dtype="fp32")
     link_or_copy(first, second)
-    write_sharded(first, {"m": ArraySource(np.zeros((4, 2)))}, shards=1, dtype="fp32")
+    write_sharded(first, {"m": ArrayRows(np.zeros((4, 2)))}, shards=1, dtype="fp32")
     assert _load_full(tmp_path, "b", "cpu")["m"].sum() == 8
 
 
@@ -102,7 +102,7 @@ def test_files_are_copied_where_links_are_impossible(tmp_path, monkeypatch, numb
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    write_sharded(tmp_path / "a", {"m": ArraySource(np.ones((4, 2)))}, shards=2, dtype="fp32")
+    write_sharded(tmp_path / "a", {"m": ArrayRows(np.ones((4, 2)))}, shards=2, dtype="fp32")
     monkeypatch.setattr(os, "link", refuse)
     link_or_copy(tmp_path / "a", tmp_path / "b")
     for shard in (tmp_path / "a").iterdir():
@@ -114,7 +114,7 @@ def test_other_link_failures_are_reported(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EACCES, "no")
 
-    write_sharded(tmp_path / "a", {"m": ArraySource(np.ones((4, 2)))}, shards=1, dtype="fp32")
+    write_sharded(tmp_path / "a", {"m": ArrayRows(np.ones((4, 2)))}, shards=1, dtype="fp32")
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(OutputError, match="permission denied"):
         link_or_copy(tmp_path / "a", tmp_path / "b")
@@ -124,7 +124,7 @@ def test_other_link_failures_are_reported(tmp_path, monkeypatch):
 def test_values_that_are_not_finite_name_module_and_folder(tmp_path, bad):
     value = np.ones((9, 2), np.float32)
     value[7, 1] = bad
-    tensors = {"good": ArraySource(np.ones((9, 2))), "h.3.bad": ArraySource(value)}
+    tensors = {"good": ArrayRows(np.ones((9, 2))), "h.3.bad": ArrayRows(value)}
     with pytest.raises(NumericsError, match=r"^h\.3\.bad in gradient_sharded holds NaN") as raised:
         write_sharded(tmp_path / "gradient_sharded", tensors, shards=3, dtype="fp32")
     assert "\n" not in str(raised.value)
@@ -133,7 +133,7 @@ def test_values_that_are_not_finite_name_module_and_folder(tmp_path, bad):
 
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
 def test_half_precision_overflow_is_an_error_and_bfloat16_is_not(tmp_path, stored):
-    big = {"h.0": ArraySource(np.full((2, 2), 1e5, stored))}
+    big = {"h.0": ArrayRows(np.full((2, 2), 1e5, stored))}
     with pytest.raises(NumericsError, match=r"h\.0 in x holds .*float16's range"):
         write_sharded(tmp_path / "x", big, shards=1, dtype="fp16")
     write_sharded(tmp_path / "x", big, shards=1, dtype="bf16")
@@ -156,7 +156,7 @@ def test_disk_full_is_one_line_and_leaves_no_partial_shard(tmp_path, monkeypatch
             self.file.write(data)
 
     monkeypatch.setattr(shards_module, "open", lambda *a: Full(builtins.open(*a)), raising=False)
-    tensors = {f"m{index}": ArraySource(np.ones((20, 20))) for index in range(4)}
+    tensors = {f"m{index}": ArrayRows(np.ones((20, 20))) for index in range(4)}
     with pytest.raises(OutputError, match="the disk is full; free some space") as raised:
         write_sharded(tmp_path / "x", tensors, shards=2, dtype="fp32")
     assert "\n" not in str(raised.value)
@@ -168,7 +168,7 @@ def test_the_kernels_own_refusal_to_write_is_reported(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
         with pytest.raises(OutputError, match="a file grew beyond the limit"):
-            tensors = {"m": ArraySource(np.ones((100, 100)))}
+            tensors = {"m": ArrayRows(np.ones((100, 100)))}
             write_sharded(tmp_path / "x", tensors, shards=1, dtype="fp32")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -180,9 +180,7 @@ def test_a_padded_stack_over_eight_devices(tmp_path, spec):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     whole = np.random.default_rng(0).standard_normal((3, 328, 322)).astype(np.float32)
     stack = jax.device_put(whole, NamedSharding(mesh, spec))
-    tensors = {
-        f"h.{layer}": ArraySource(stack, index=layer, shape=(321, 321)) for layer in range(3)
-    }
+    tensors = {f"h.{layer}": ArrayRows(stack, index=layer, shape=(321, 321)) for layer in range(3)}
     destination = Destination(tmp_path, documents=1, total_processed=1, layout="bergson", shards=7)
     destination.write_kind("activation_covariance", tensors)
     written = _load_full(tmp_path, "activation_sharded", "cpu")
@@ -193,15 +191,15 @@ def test_a_padded_stack_over_eight_devices(tmp_path, spec):
 def test_sources_of_every_make_give_the_same_rows():
     whole = np.arange(2 * 3 * 8 * 5, dtype=np.float32).reshape(2, 3, 8, 5)
     for array in (whole, jax.numpy.asarray(whole)):
-        source = ArraySource(array, index=(1, 2), shape=(7, 4))
+        source = ArrayRows(array, index=(1, 2), shape=(7, 4))
         assert source.shape == (7, 4)
         np.testing.assert_array_equal(source.rows(2, 6), whole[1, 2, 2:6, :4])
         assert source.rows(3, 3).shape == (0, 4)
-        vector = ArraySource(array[0, 0], index=3)
+        vector = ArrayRows(array[0, 0], index=3)
         np.testing.assert_array_equal(vector.rows(1, 4), whole[0, 0, 3, 1:4])
-    half = ScaledSource(ArraySource(whole[0, 0].astype(ml_dtypes.bfloat16)), 1 / 3)
+    half = ScaledRows(ArrayRows(whole[0, 0].astype(ml_dtypes.bfloat16)), 1 / 3)
     assert half.rows(0, 8).dtype == np.float32
     np.testing.assert_array_equal(half.rows(0, 8), whole[0, 0] * np.float32(1 / 3))
     for wrong in ({"index": 2}, {"index": -1}, {"shape": (2, 3, 8, 6)}, {"shape": (2,)}):
         with pytest.raises(ValueError, match="no entry"):
-            ArraySource(whole, **wrong)
+            ArrayRows(whole, **wrong)

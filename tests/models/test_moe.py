@@ -34,7 +34,7 @@ ACTIVATIONS = {"silu": lambda x: x * sigmoid(x), "quick_gelu": lambda x: x * sig
 
 def inside(config, gate_up):
     """What an expert makes of one token's gate and up."""
-    if config.kind == "interleaved":
+    if config.variant == "interleaved":
         gate, up = gate_up[0::2], gate_up[1::2]
     else:
         gate, up = gate_up[: config.size], gate_up[config.size :]

@@ -98,7 +98,7 @@ def test_experts_read_some_tokens():
 
 
 def test_what_a_mixture_of_experts_needs():
-    mlp = MLPConfig(24, "silu", kind="fused", bias=False)
+    mlp = MLPConfig(24, "silu", variant="fused", bias=False)
     model = small.decoder(experts=ExpertsConfig(4, 1, mlp))
     documents = small.documents([9, 5])
     batches = small.batches(documents)

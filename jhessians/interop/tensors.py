@@ -1,6 +1,6 @@
 """Tensors from which the exporter fetches rows.
 
-A `TensorSource` has a shape and returns ranges of its rows as numpy, so that a shard is written
+A `TensorRows` has a shape and returns ranges of its rows as numpy, so that a shard is written
 piece by piece and the host never holds a whole tensor. Behind it may be a numpy array, or a jax
 array on any devices of one or several processes.
 """
@@ -18,7 +18,7 @@ Window = tuple[slice, ...]
 
 
 @runtime_checkable
-class TensorSource(Protocol):
+class TensorRows(Protocol):
     """A tensor whose rows can be asked for, a range at a time."""
 
     @property
@@ -34,7 +34,7 @@ class TensorSource(Protocol):
         ...
 
 
-class ArraySource:
+class ArrayRows:
     """Rows of a numpy or jax array, or of one entry of a stack of them.
 
     Args:
@@ -83,10 +83,10 @@ class ArraySource:
         return block.reshape(stop - start, *self.shape[1:])
 
 
-class ScaledSource:
+class ScaledRows:
     """Another source multiplied by a number, in float32 or wider."""
 
-    def __init__(self, source: TensorSource, scale: float):
+    def __init__(self, source: TensorRows, scale: float):
         self._source = source
         self._scale = scale
 
