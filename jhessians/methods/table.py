@@ -67,7 +67,7 @@ def table() -> str:
         "| numbers on disk a module | bergson's name | paper |",
         "|---|---|---|---|---|---|",
     ]
-    for each in sorted(METHODS.values(), key=lambda m: m.ev_correction):
+    for each in METHODS.values():
         name = f"`{each.name}`" + (" (default)" if each.name == default else "")
         papers = ", ".join(f"[{p}](https://arxiv.org/abs/{p})" for p in each.papers)
         theirs = f"`{each.bergson}`" if each.bergson else "none"
