@@ -141,7 +141,21 @@ def _normalizer(file: Path, module: str, state: Mapping[str, Any]) -> Normalizer
             f"{file}: the {kind} of {module} has {', '.join(map(str, arrays)) or 'nothing'}; "
             f"expected the arrays {', '.join(required)} and perhaps bias_avg_sq"
         )
+    if problem := _misshapen_normalizer(module, arrays):
+        raise CheckpointError(f"{file}: {problem}; restore it or make it again")
     return create(**arrays)
+
+
+def _misshapen_normalizer(name: str, arrays: Mapping[str, Any]) -> str | None:
+    """What is wrong with the shapes of a normalizer's arrays, by their fields' names."""
+    for field, axes in (("weight_avg_sq", 2), ("row", 1), ("col", 1)):
+        if field in arrays and len(arrays[field].shape) != axes:
+            return f"{field} of {name} has shape {arrays[field].shape}; expected {axes} axes"
+    outputs = arrays["weight_avg_sq" if "weight_avg_sq" in arrays else "row"].shape[:1]
+    bias = arrays.get("bias_avg_sq")
+    if bias is not None and bias.shape != outputs:
+        return f"bias_avg_sq of {name} has shape {bias.shape}; expected {outputs}"
+    return None
 
 
 def misshapen(
@@ -151,18 +165,8 @@ def misshapen(
 ) -> str | None:
     """What is wrong with the arrays' shapes, in words; None if nothing is."""
     for name, normalizer in normalizers.items():
-        if isinstance(normalizer, AdamNormalizer):
-            shapes = {"weight_avg_sq": (2, normalizer.weight_avg_sq)}
-            outputs = normalizer.weight_avg_sq.shape[:1]
-        else:
-            shapes = {"row": (1, normalizer.row), "col": (1, normalizer.col)}
-            outputs = normalizer.row.shape
-        for kind, (axes, array) in shapes.items():
-            if len(array.shape) != axes:
-                return f"{kind} of {name} has shape {array.shape}; expected {axes} axes"
-        bias = normalizer.bias_avg_sq
-        if bias is not None and bias.shape != outputs:
-            return f"bias_avg_sq of {name} has shape {bias.shape}; expected {outputs}"
+        if problem := _misshapen_normalizer(name, vars(normalizer)):
+            return problem
     for name, matrix in hessians.items():
         if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
             return f"the Hessian of {name} has shape {matrix.shape}; expected a square matrix"

@@ -255,9 +255,9 @@ def test_normalizers_of_modules_are_stacked_for_their_sites():
     ("change", "message"),
     [
         (lambda x: None, "there is no normalizer for"),
-        (lambda x: AdamNormalizer(x.weight_avg_sq[:-1], x.bias_avg_sq), "expected .*out, in"),
+        (lambda x: AdamNormalizer(x.weight_avg_sq[:-1], x.bias_avg_sq[:-1]), "expected .*out, in"),
         (lambda x: AdamNormalizer(x.weight_avg_sq), "no second moment of the bias"),
-        (lambda x: AdamNormalizer(x.weight_avg_sq, x.bias_avg_sq[:-1]), "expected .*out, in"),
+        (lambda x: AdamNormalizer(x.weight_avg_sq[:, :-1], x.bias_avg_sq), "expected .*out, in"),
         (lambda x: x.to_adafactor(), "of different kinds"),
     ],
 )
