@@ -10,7 +10,7 @@ import converters
 import jhessians
 
 FLAG = re.compile(r"--[a-z]")
-LIBRARY = ("interop", "models", "data", "folds", "capture", "devices", "linalg")
+LIBRARY = ("fitting", "interop", "models", "data", "folds", "capture", "devices", "linalg")
 # A command of its own, `python -m converters.verify`.
 COMMANDS = {"verify.py"}
 

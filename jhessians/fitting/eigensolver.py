@@ -70,7 +70,7 @@ def decompose(tasks: Sequence[Task], dtype: np.dtype) -> Iterator[Eigen]:
         if not np.isfinite(everyones.values).all():
             raise NumericsError(
                 f"{task.name} holds NaN or infinity, or has no eigendecomposition; expected "
-                "finite numbers: check the weights, or use --precision fp32"
+                "finite numbers: check the weights, or compute in float32 (`precision` fp32)"
             )
         yield everyones
 

@@ -166,7 +166,7 @@ class Pass:
             if not np.isfinite(loss):
                 raise NumericsError(
                     f"the loss of batch {number} is {loss}; expected a finite number: check the "
-                    "weights, or use --precision fp32"
+                    "weights, or compute in float32 (`precision` fp32)"
                 )
         masks = [mask for batch in group if (mask := self.problem.mask(batch)) is not None]
         advance(sum(int(mask.sum()) for mask in masks) * self.problem.hosts)
