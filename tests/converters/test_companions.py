@@ -49,6 +49,11 @@ def fill(folder, files):
         (folder / name).write_text(files[name] if isinstance(files, dict) else name)
 
 
+def warnings_in(caplog):
+    records = [r for r in caplog.records if r.name == "jhessians" and r.levelname == "WARNING"]
+    return [record.getMessage() for record in records]
+
+
 def names(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
@@ -147,10 +152,8 @@ def test_a_source_that_is_gone_is_said(source, tmp_path, caplog):
     loaded = load(source)
     shutil.rmtree(source)
     save(loaded, tmp_path / "out")
-    (said,) = [r for r in caplog.records if r.name == "jhessians"]
-    assert said.levelname == "WARNING" and f"{source}, from which the model came, is gone" in (
-        said.getMessage()
-    )
+    (said,) = warnings_in(caplog)
+    assert f"{source}, from which the model came, is gone" in said
     assert {"tokenizer.json", "config.json"} < names(tmp_path / "out")
 
 
@@ -171,7 +174,7 @@ def test_links_are_followed_inside_the_folder_only(source, tmp_path, caplog):
     assert not {*links, "pipe", "folder/key.txt"} & found
     assert (tmp_path / "out" / "same.md").read_text() == "a card"
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
-    (said,) = [r.getMessage() for r in caplog.records if r.name == "jhessians"]
+    (said,) = warnings_in(caplog)
     assert "not kept" in said and "broken" in said and "and 3 more" in said
 
 
@@ -198,7 +201,7 @@ def test_a_snapshot_of_the_hub_is_kept_as_files(by_name, cached, tmp_path, monke
     save(load("somebody/small" if by_name else cached), tmp_path / "out")
     assert {*KEPT} < names(tmp_path / "out") and not {*LEFT} & names(tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
-    assert not [r for r in caplog.records if r.name == "jhessians"]
+    assert not warnings_in(caplog)
 
 
 def test_companions_on_the_hub_are_downloaded_when_they_are_needed(
@@ -222,7 +225,7 @@ def test_companions_on_the_hub_are_downloaded_when_they_are_needed(
     save(loaded, tmp_path / "out")
     assert {*KEPT} - {"LICENSE"} < names(tmp_path / "out")
     assert not {*LEFT} & {*asked}
-    (said,) = [r.getMessage() for r in caplog.records if r.name == "jhessians"]
+    (said,) = warnings_in(caplog)
     assert "not kept" in said and "LICENSE" in said
 
 

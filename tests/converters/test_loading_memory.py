@@ -30,7 +30,8 @@ import jax
 from converters import load
 from converters.loading import parameters
 from converters.reader import open_checkpoint
-from jhessians.devices.mesh import make_mesh, start_hosts
+from jhessians.devices.hosts import start_hosts
+from jhessians.devices.mesh import make_mesh
 
 from tests.converters.test_loading_memory import digests
 
