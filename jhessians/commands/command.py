@@ -50,7 +50,8 @@ class Command:
         examples: Whole command lines.
         config: The class of its options, which needs no JAX.
         positionals: Arguments without a flag, in order.
-        run: Does it and returns what is left to say, or None on hosts that have nothing to say.
+        run: Does it, given a config that was validated, and returns what is left to say, or None
+            on hosts that have nothing to say.
         replays: Whether an earlier run's options can be taken with `--config`.
         compiles: Whether XLA's compilations are worth keeping for the next run.
     """

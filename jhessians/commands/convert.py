@@ -89,7 +89,6 @@ def convert(config: ConvertConfig) -> ConvertSummary:
     from jhessians.interop.rundir import RunDirectory
     from jhessians.report.progress import Progress
 
-    config.validate()
     start_hosts()
     first = jax.process_index() == 0
     progress = Progress(quiet=config.quiet or not first)

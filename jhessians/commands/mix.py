@@ -102,7 +102,6 @@ def mix(config: MixConfig) -> MixSummary:
     from jhessians.interop.rundir import RunDirectory
     from jhessians.linalg.mixing import mixing
 
-    config.validate()
     paths = Path(str(config.query_path)), Path(str(config.index_path))
     output = str(config.output_path)
     with RunDirectory(output, config.overwrite) as part:

@@ -51,10 +51,15 @@ def compute(config: ComputeConfig) -> Summary:
 
     Every process of a run on several hosts calls this; the first one writes.
 
+    Args:
+        config: Validated.
+
+    Returns:
+        What there is to say of the run.
+
     Raises:
         UserError: If the input is wrong in any of the ways that `jhessians.errors` knows.
     """
-    config.validate()
     start_hosts()
     first = is_first_host()
     mesh = make_mesh(config.world_size)
