@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from jhessians.cli.main import main
-from jhessians.commands.compute import pipeline
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute
+from jhessians.data import batches as data_batches
 from jhessians.data.documents import IGNORED
 from jhessians.report.summary import Summary
 from tests.oracles import bergson, checkpoints, kfac_numpy
@@ -320,8 +320,10 @@ def shifts_the_labels(batch):
     [(counts_the_last_position, "activation_sharded"), (shifts_the_labels, "gradient_sharded")],
 )
 def test_a_wrong_twin_fails(pairs, models, tmp_path, monkeypatch, twin, folder):
-    iterate = pipeline.iterate_batches
-    monkeypatch.setattr(pipeline, "iterate_batches", lambda *a, **k: map(twin, iterate(*a, **k)))
+    iterate = data_batches.iterate_batches
+    monkeypatch.setattr(
+        data_batches, "iterate_batches", lambda *a, **k: map(twin, iterate(*a, **k))
+    )
     ours(tmp_path / "run", CASES["llama"], models, method="kfac")
     expected = pairs("llama").expected[folder]
     wrong = errors(bergson.read(tmp_path / "run")[folder], expected)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ from textwrap import shorten
 from types import FrameType
 from typing import TextIO
 
+from jhessians.config.option import name_flags
 from jhessians.errors import ConfigError, UserError
 
 NOISY_LIBRARIES = (
@@ -161,18 +161,6 @@ def _log_warning(
 def one_line(text: str) -> str:
     """The text with every run of white space, line breaks included, as one space."""
     return " ".join(text.split())
-
-
-def name_flags(text: str, names: Collection[str]) -> str:
-    """Write `names` in backquotes as flags: "use `truncation`" becomes "use --truncation".
-
-    The library knows arguments and no command line, so its messages quote their names.
-
-    Args:
-        text: A message.
-        names: The options of the command that runs; other quoted words stay as they are.
-    """
-    return re.sub(r"`(\w+)`", lambda m: f"--{m[1]}" if m[1] in names else m[0], text)
 
 
 @contextmanager

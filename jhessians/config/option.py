@@ -7,7 +7,8 @@ needs to know, and `check` turns a value from a terminal or a file into the fiel
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -203,3 +204,15 @@ def plain_dict(config: Any) -> dict[str, Any]:
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
     }
+
+
+def name_flags(text: str, names: Collection[str]) -> str:
+    """Write `names` in backquotes as flags: "use `truncation`" becomes "use --truncation".
+
+    The library knows arguments and no command line, so its messages quote their names.
+
+    Args:
+        text: A message.
+        names: The options of the command that runs; other quoted words stay as they are.
+    """
+    return re.sub(r"`(\w+)`", lambda m: f"--{m[1]}" if m[1] in names else m[0], text)

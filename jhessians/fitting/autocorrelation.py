@@ -138,7 +138,7 @@ class _Matrix(NamedTuple):
         """The sum, on every host."""
         rows = slice(self.start, self.start + self.size)
 
-        def take(x: Array) -> Array:
+        def take(x: Any) -> Any:
             return x[rows] if self.slot is None else x[self.slot, rows]
 
         return fetch(statistics[self.key], take)

@@ -112,7 +112,7 @@ def fit_stages(
         everyone = sum(len(routed) for routed in counts.routed.values())
         progress.warn(
             f"{unused} of {everyone} expert linears got no position: their factors are zero; "
-            "give more data, or leave these modules out"
+            "give more data, or leave them out with `filter_modules`"
         )
     yield covariance_tensors(sites, covariances)
 

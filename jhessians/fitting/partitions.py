@@ -34,7 +34,7 @@ def partition(sites: Mapping[str, Site], count: int) -> list[dict[str, Site]]:
     units = _units(sites)
     if count > len(units):
         raise ConfigError(
-            f"{count} partitions divide {len(units)} groups of modules that read the "
+            f"`module_partitions` {count} divides {len(units)} groups of modules that read the "
             f"same input; give at most {len(units)}"
         )
     total, before = sum(size for _, size in units), 0

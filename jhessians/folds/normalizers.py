@@ -17,12 +17,15 @@ bias gradient gets neither of the two, only its own `bias_factor`.
 Where the moments come from: `jhessians.folds.second_moment` estimates them from documents,
 `jhessians.interop.optimizer_state` reads those of a trained optimizer.
 
+Fields are arrays, or what a JAX transformation puts in the place of arrays: shapes, shardings.
+
 References:
     Kingma & Ba 2015, arXiv:1412.6980. Shazeer & Stern 2018, arXiv:1804.04235 (with ε added first,
     as in tensor2tensor).
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +49,8 @@ class AdamNormalizer:
         bias_avg_sq: b, [out]; None if biases are not scaled, and then they can't be counted.
     """
 
-    weight_avg_sq: Float[Array | np.ndarray, "*layers o i"]
-    bias_avg_sq: Float[Array | np.ndarray, "*layers o"] | None = None
+    weight_avg_sq: Any
+    bias_avg_sq: Any = None
 
     def weight_denominator(self) -> Float[Array, "*layers o i"]:
         """√v + ε, which G is divided by."""
@@ -106,9 +109,9 @@ class AdafactorNormalizer:
         bias_avg_sq: b, [out]; None if biases are not scaled, and then they can't be counted.
     """
 
-    row: Float[Array | np.ndarray, "*layers o"]
-    col: Float[Array | np.ndarray, "*layers i"]
-    bias_avg_sq: Float[Array | np.ndarray, "*layers o"] | None = None
+    row: Any
+    col: Any
+    bias_avg_sq: Any = None
 
     def g_factor(self) -> Float[Array, "*layers o"]:
         """√mean(r + ε) / √(r + ε): multiply the gradient at the output by it."""

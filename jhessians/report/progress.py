@@ -102,6 +102,7 @@ class Progress:
         console: Where to write, standard error by default.
         clock: Seconds, for tests.
         around: Called with each stage's name for a context to run it in.
+        reword: What is done to notes and warnings, such as making flags of options' names.
 
     Attributes:
         timings: Seconds by stage name, in order; a name used twice holds the sum, in the last
@@ -117,6 +118,7 @@ class Progress:
         console: Console | None = None,
         clock: Clock = time.perf_counter,
         around: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
+        reword: Callable[[str], str] = lambda line: line,
     ) -> None:
         self.timings: dict[str, float] = {}
         self.notes: list[str] = []
@@ -125,6 +127,7 @@ class Progress:
         self._clock = clock
         self._quiet = quiet
         self._around = around
+        self._reword = reword
         self._open: Stage | None = None
 
     @contextmanager
@@ -156,13 +159,13 @@ class Progress:
 
     def note(self, message: str) -> None:
         """Say one line between or inside stages."""
-        self.notes.append(message)
-        self._say(message)
+        self.notes.append(self._reword(message))
+        self._say(self.notes[-1])
 
     def warn(self, message: str) -> None:
         """Say one line that belongs into the run's summary, too."""
-        self.warnings.append(message)
-        self._say(f"warning: {message}")
+        self.warnings.append(self._reword(message))
+        self._say(f"warning: {self.warnings[-1]}")
 
     def _say(self, line: str) -> None:
         if not self._quiet:

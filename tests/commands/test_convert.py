@@ -144,7 +144,7 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ([], 2, "MODEL is missing; usage: jhessians convert MODEL OUT"),
+        ([], 2, "MODEL is missing; give it, such as jhessians convert"),
         (["MODEL"], 2, "OUT is missing"),
         (["MODEL", ""], 2, "OUT is empty"),
         (["MODEL", "OUT", "more"], 2, "unrecognized arguments: more"),

@@ -91,7 +91,7 @@ def test_as_many_as_memory_needs(monkeypatch):
     monkeypatch.setattr(partitions, "free_memory", lambda: 1 << 40)
     assert needed_partitions(everything, 4, 1) == 1
     one = needed_bytes(everything)
-    assert factor_bytes(everything, 1, 4, 1) == one and factor_bytes(everything, 4, 4, 2) == one / 8
+    assert factor_bytes(everything, 1, 4) == one and factor_bytes(everything, 4, 4) == one / 4
     monkeypatch.setattr(partitions, "free_memory", lambda: one / partitions.SHARE / 2.5)
     assert needed_partitions(everything, 4, 1) == 3
     assert needed_partitions(everything, 4, 3) == 1  # rows are spread over devices
@@ -117,7 +117,7 @@ def test_automatic_writes_the_number(run, monkeypatch):
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="--module_partitions 99 .* give at most 16"):
+    with pytest.raises(ConfigError, match="`module_partitions` 99 .* give at most 16"):
         partition(sites(), 99)
     config = ComputeConfig(str(tmp_path / "run"), module_partitions=2)
     with pytest.raises(ConfigError, match="--module_partitions divides the fit of Kronecker"):

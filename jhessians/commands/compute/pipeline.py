@@ -20,6 +20,7 @@ from jhessians.capture.sites import find_sites
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.next_steps import next_steps
 from jhessians.commands.compute.selection import select_sites
+from jhessians.config.option import name_flags, options_of
 from jhessians.config.units import bytes_in_words
 from jhessians.data.batches import Batches
 from jhessians.data.batching import plan_batches
@@ -71,7 +72,12 @@ def compute(config: ComputeConfig) -> Summary:
             recorder = stack.enter_context(
                 recording(part, profile=config.profile, trace=config.profile_trace)
             )
-        progress = Progress(quiet=config.quiet or not first, around=recorder.around)
+        names = {each.name for each in options_of(type(config))}
+        progress = Progress(
+            quiet=config.quiet or not first,
+            around=recorder.around,
+            reword=partial(name_flags, names=names),
+        )
         inputs = _read_inputs(config, mesh, progress)
         problem = _load_problem(config, inputs, mesh, progress)
         config = _settled(config, inputs, problem, mesh, progress)
