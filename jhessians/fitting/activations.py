@@ -15,7 +15,8 @@ from flax import nnx
 
 from jhessians.capture.fold import Context
 from jhessians.capture.problem import Activations, Problem, keep_activations
-from jhessians.capture.tape import Tape, attach
+from jhessians.capture.linears import attach
+from jhessians.capture.tape import Tape
 from jhessians.data.batching import BatchPlan
 from jhessians.folds.covariance import Covariance
 from jhessians.typing import PyTree
