@@ -86,7 +86,7 @@ class Product:
         """The input's axes that are kept, documents first."""
         return "".join(each for each in self.x if each not in self.kernel)
 
-    def obstacle(self, x: Shaped[Array, "..."], kernel: Shaped[Array, "..."]) -> str | None:
+    def obstacle(self, x_shape: Sequence[int], kernel_shape: Sequence[int]) -> str | None:
         """Why this is not a linear layer that reads documents; None if it is one."""
         written = f"{self.x},{self.kernel}->{self.y}"
         if "..." in self.kernel:
@@ -99,8 +99,8 @@ class Product:
             return f"it sums over an axis that only one of input and kernel has ({written})"
         if not self.positions.startswith(self.x[:1] or "?") or self.y[:1] != self.x[:1]:
             return f"its first axis, that of the documents, is not kept in place ({written})"
-        sizes = dict(zip(self.kernel, kernel.shape, strict=True))
-        if any(sizes.get(each, size) != size for each, size in zip(self.x, x.shape, strict=True)):
+        sizes = dict(zip(self.kernel, kernel_shape, strict=True))
+        if any(sizes.get(each, size) != size for each, size in zip(self.x, x_shape, strict=True)):
             return f"its input is broadcast along a contracted axis ({written})"
         return None
 

@@ -56,7 +56,7 @@ def find_sites(
     notes = _Notes(documents)
 
     def trace(state, batch):
-        copy = nnx.merge(graph, state)
+        copy = nnx.merge(graph, state, copy=True)
         attach(copy, _Listener(notes))
         return loss(copy, batch)
 
@@ -178,7 +178,7 @@ class _Listener(Tape):
         return product(x, kernel, routing)
 
     def observe(self, weight: Weight, how: Product, x: Array, kernel: Array, y: Array) -> Array:
-        if obstacle := how.obstacle(x, kernel):
+        if obstacle := how.obstacle(x.shape, kernel.shape):
             self.notes.passed_over[weight.name] = f"of linears that can't be recorded: {obstacle}"
             return y
         a, g = how.flat_input(x), how.flat_output(y)

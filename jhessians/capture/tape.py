@@ -100,7 +100,7 @@ class Tape:
         site = self._enter(weight.name)
         if site is None:
             return y
-        if obstacle := how.obstacle(x, kernel):
+        if obstacle := how.obstacle(x.shape, kernel.shape):
             raise ValueError(f"{site.name} can't be recorded: {obstacle}")
         reported = self._report(site, how.flat_input(x), how.flat_output(y))
         return how.restored_output(reported, y)

@@ -97,7 +97,7 @@ def accumulate(
 
     def local(state, batch, mask, statistics, operands):
         def forward(statistics):
-            copy = nnx.merge(graph, state)
+            copy = nnx.merge(graph, state, copy=True)  # so that layers may write to it
             keep_activations(copy, problem.activations)
             tape = Tape(fold, sites, statistics, operands, replace(context, mask=mask))
             attach(copy, tape)

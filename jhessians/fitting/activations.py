@@ -59,7 +59,7 @@ def _residual_bytes(
 
     def pullback(state, batch):
         def forward(statistics):
-            copy = nnx.merge(graph, state)
+            copy = nnx.merge(graph, state, copy=True)
             keep_activations(copy, activations)
             # Its fold is asked in the backward pass only, which isn't traced.
             tape = Tape(Covariance(), problem.sites, statistics, {}, Context())
