@@ -153,8 +153,10 @@ def parameters_of(
                 reason = "" if name in sites else reasons.get(name, _never_called(owner))
             shape = tuple(variable.shape)
             parameter = Parameter(where, shape, name, is_bias, reason)
-            if name is not None or id(variable) not in found:
-                found.setdefault(id(variable), parameter)
+            # A parameter that several modules hold is a linear's, if one of them is a linear.
+            known = found.setdefault(id(variable), parameter)
+            if known.site is None and name is not None:
+                found[id(variable)] = parameter
     return list(found.values())
 
 
