@@ -32,6 +32,7 @@ class Site:
             flattened; None outside a stack.
         input_site: The site that keeps what depends on the input alone: this one, or an earlier
             one that reads the same array, as key and value do with query.
+        calls: How many times one pass calls each of its linears.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Site:
     stack: tuple[tuple[str, int], ...] = ()
     members: tuple[int, ...] | None = None
     input_site: str = ""
+    calls: int = 1
 
     @property
     def inputs(self) -> int:

@@ -1,34 +1,44 @@
 """The mechanism that shows every linear's input and output gradient to a fold.
 
-A `Tape` travels with one forward pass and threads the running statistics through it. Each tapped
-linear is a `jax.custom_vjp` that hands the statistics on unchanged; in the backward pass their
-*cotangent* is the running sum, to which the linear adds its fold's term. So `jax.vjp`, started
-from the sums accumulated so far, returns the new sums in place: no weight gradient exists, no
-second copy of a factor exists, and no backward pass is written by hand.
-
-a: [document, position, in], a linear's input. g: [document, position, out], the loss gradient at
-its output.
+A `Tape` travels with one forward pass and threads the running statistics through it. Each linear
+passes the statistics on unchanged; in the backward pass their *cotangent* is the running sum, to
+which the linear adds its fold's term (`jhessians.capture.taps`). So `jax.vjp`, started from the
+sums accumulated so far, returns the new sums in place: no weight gradient exists, no second copy
+of a factor exists, and no backward pass is written by hand.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from flax.nnx.tracers import TraceState
 from jax import lax
 
 from jhessians.capture.fold import Context, Fold, JointFold
-from jhessians.capture.routing import Routing, grouped_product, over_grid
+from jhessians.capture.linears import Tapped, Weight
+from jhessians.capture.products import Product
+from jhessians.capture.routing import Routing
 from jhessians.capture.site import Site, Statistics
-from jhessians.typing import Array, PyTree
+from jhessians.capture.taps import collect, product, report, tap
+from jhessians.typing import Array
+
+TRANSFORMED = "it is called inside jit, scan, vmap, checkpoint or another transformation of the \
+model's or the loss's own, from which nothing can be recorded"
 
 
 class Tape:
-    """One forward pass's running statistics; lives only while the pass is traced."""
+    """One forward pass's running statistics; lives only while the pass is traced.
+
+    Args:
+        fold: What is computed at every linear.
+        sites: The linears that are recorded.
+        statistics: The running sums, by site.
+        operands: Further arrays that the fold reads, by site.
+        context: What the fold may know of the batch.
+        layer: Inside a stack, the number of the layer.
+        called: The names of the sites that were called, shared by the tapes of one pass.
+    """
 
     def __init__(
         self,
@@ -38,6 +48,7 @@ class Tape:
         operands: Mapping[str, Mapping[str, Any]],
         context: Context,
         layer: Array | None = None,
+        called: set[str] | None = None,
     ):
         self.fold = fold
         self.sites = sites
@@ -45,67 +56,119 @@ class Tape:
         self.operands = operands
         self.context = context
         self.layer = layer
+        self.called: set[str] = set() if called is None else called
+        self.slots: dict[str, list[tuple[Array, Array]]] = {}
+        self.trace = TraceState()
 
     def inside(self, statistics: Statistics, layer: Array, count: int) -> "Tape":
         """The tape of one of a stack's `count` layers, whose statistics the scan carries."""
-        return Tape(self.fold, self.sites, statistics, self.operands, self.context, layer)
-
-    def record(
-        self, linear: "Tapped", x: Array, kernel: Array, routing: Routing | None = None
-    ) -> Array:
-        """x @ kernel, adding the linear's term to the statistics in the backward pass.
-
-        With a routing, x is [row, in] and the kernel [expert, in, out].
-        """
-        site = self.sites.get(linear.name or "")
-        if site is None:
-            return product(x, kernel, routing)
-        operands = {**self.operands.get(site.input_site, {}), **self.operands.get(site.name, {})}
-        key = self.fold.joint if isinstance(self.fold, JointFold) else site.name
-        y, self.statistics[key] = _tap(
-            self.fold,
-            site,
-            x,
-            kernel,
-            self.statistics[key],
-            operands,
-            self.context,
-            self.layer,
-            routing,
+        return Tape(
+            self.fold, self.sites, statistics, self.operands, self.context, layer, self.called
         )
-        return y
 
     def gather_weights(self, module: nnx.Module) -> None:
         """Make whole, in place, the parameters of `module` that are sharded over the mesh."""
         gather_weights(module, self.context.axes)
 
+    def record(
+        self, linear: Tapped, x: Array, kernel: Array, routing: Routing | None = None
+    ) -> Array:
+        """x @ kernel, adding the linear's term to the statistics in the backward pass.
 
-class Tapped(nnx.Module):
-    """A module that a tape is attached to as a whole: a linear, or a stack of blocks."""
+        With a routing, x is [row, in] and the kernel [expert, in, out].
+        """
+        site = self._enter(linear.name or "")
+        if site is None:
+            return product(x, kernel, routing)
+        if not self._adds_each_call(site):
+            if routing is not None:
+                raise ValueError(
+                    f"{site.name} is called {site.calls} times in one pass; "
+                    f"{type(self.fold).__name__} can add the calls of a linear only where that is "
+                    "not an expert's: leave it out"
+                )
+            return self._report(site, x, product(x, kernel))
+        key = self._key(site)
+        y, self.statistics[key] = tap(
+            self.fold, site, x, kernel, self.statistics[key], self._operands_of(site),
+            self.context, self.layer, routing,
+        )  # fmt: skip
+        return y
 
-    tape: Tape | None = None
-    name: str | None = None
-    frozen: bool = False  # is not recorded itself; what is inside it may be
-    members: tuple[int, ...] | None = None  # which of a stack's to record; default all
-    scans = False  # whether it runs blocks of its own, and attaches the tape to each
-    suffix = ""  # of its name, where that is its path
+    def observe(self, weight: Weight, how: Product, x: Array, kernel: Array, y: Array) -> Array:
+        """y, the product of x and kernel that a linear of Flax has computed; adds its term."""
+        site = self._enter(weight.name)
+        if site is None:
+            return y
+        if obstacle := how.obstacle(x.shape, kernel.shape):
+            raise ValueError(f"{site.name} can't be recorded: {obstacle}")
+        reported = self._report(site, how.flat_input(x), how.flat_output(y))
+        return how.restored_output(reported, y)
 
+    def close(self) -> Statistics:
+        """The statistics, at the end of the pass or of a stack's layer.
 
-def tapped_modules(model: nnx.Module, prefix: str = "") -> Iterator[tuple[str, Tapped]]:
-    """Path and module of every tapped module that is not inside another one."""
-    if isinstance(model, Tapped) and not model.frozen:
-        yield prefix, model
-        return
-    for key, child in nnx.iter_module_children(model):
-        yield from tapped_modules(child, f"{prefix}.{key}" if prefix else str(key))
+        Raises:
+            ValueError: If sites were called less often than `find_sites` saw.
+        """
+        for name, left in self.slots.items():
+            if left:
+                calls = self.sites[name].calls
+                raise ValueError(
+                    f"{name} is called {calls - len(left)} times here, but {calls} times in all "
+                    f"when sites were found; {type(self.fold).__name__} needs as many calls in "
+                    "every pass, and all of them in the same run of a stack"
+                )
+        if self.layer is None and (missing := self.sites.keys() - self.called):
+            raise ValueError(
+                f"the loss never calls {min(missing)}; expected it to call the linears that it "
+                "called when sites were found: find them again"
+            )
+        return self.statistics
 
+    def _enter(self, name: str) -> Site | None:
+        """The site of a linear that is being called, if it is recorded."""
+        site = self.sites.get(name)
+        if site is not None:
+            self.called.add(name)
+            if not self.trace.is_valid():
+                raise ValueError(f"{name} can't be recorded: {TRANSFORMED}; find sites again")
+        return site
 
-def attach(model: nnx.Module, tape: Tape, prefix: str = "") -> None:
-    """Let `tape` listen to `model`, a copy that was merged for this trace and dies with it."""
-    for path, module in tapped_modules(model, prefix):
-        module.tape = tape
-        if module.name is None:
-            module.name = path + module.suffix
+    def _adds_each_call(self, site: Site) -> bool:
+        return site.calls == 1 or getattr(self.fold, "adds_calls", False)
+
+    def _key(self, site: Site) -> str:
+        return self.fold.joint if isinstance(self.fold, JointFold) else site.name
+
+    def _operands_of(self, site: Site) -> dict[str, Any]:
+        return {**self.operands.get(site.input_site, {}), **self.operands.get(site.name, {})}
+
+    def _report(self, site: Site, x: Array, y: Array) -> Array:
+        """y, whose gradient is reported together with x; opens the site at its first call."""
+        together = 1 if self._adds_each_call(site) else site.calls
+        if together == 1 or site.name not in self.slots:
+            zeros = (jnp.zeros(x.shape, x.dtype), jnp.zeros(y.shape, y.dtype))
+            key = self._key(site)
+            self.statistics[key], self.slots[site.name] = collect(
+                self.fold, site, self.statistics[key], [zeros] * together,
+                self._operands_of(site), self.context, self.layer,
+            )  # fmt: skip
+        if not self.slots[site.name]:
+            raise ValueError(
+                f"{site.name} is called more often than the {site.calls} times that were counted "
+                f"when sites were found; {type(self.fold).__name__} needs as many calls in every "
+                "pass: find sites again"
+            )
+        slot = self.slots[site.name].pop(0)
+        for array, expected in zip((x, y), slot, strict=True):
+            if (array.shape, array.dtype) != (expected.shape, expected.dtype):
+                raise ValueError(
+                    f"{site.name} is called on arrays of different forms, {expected.shape} "
+                    f"{expected.dtype} and {array.shape} {array.dtype}; {type(self.fold).__name__} "
+                    "needs all calls of one pass to have the same"
+                )
+        return report(x, y, slot)
 
 
 def gather_weights(module: nnx.Module, axes: tuple[str, ...]) -> None:
@@ -126,105 +189,7 @@ def gather_weights(module: nnx.Module, axes: tuple[str, ...]) -> None:
             axis = whole.ndim + value.get_metadata()["sharded_axis"]
             for mesh_axis in reversed(axes):
                 whole = lax.all_gather(whole, mesh_axis, axis=axis, tiled=True)
-            setattr(module, name, value.replace(whole))
+            # A module that is found twice must not be gathered twice.
+            setattr(module, name, value.replace(whole, sharded_axis=None))
     for _, child in nnx.iter_module_children(module):
         gather_weights(child, axes)
-
-
-def product(x: Array, kernel: Array, routing: Routing | None = None) -> Array:
-    """x @ kernel, or of every expert's rows with its own kernel."""
-    return x @ kernel if routing is None else grouped_product(x, kernel, routing.sizes)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tap(fold, site, x, kernel, statistics, operands, context, layer, routing):
-    return product(x, kernel, routing), statistics
-
-
-def _tap_forward(fold, site, x, kernel, statistics, operands, context, layer, routing):
-    y = product(x, kernel, routing)
-    return (y, statistics), (x, kernel, operands, context, layer, routing)
-
-
-def _tap_backward(fold, site, residuals, cotangents):
-    x, kernel, operands, context, layer, routing = residuals
-    g, statistics = cotangents
-    if routing is None:
-
-        def term(operands):
-            return fold.term(site, _as_documents(x), _as_documents(g), operands, context)
-
-        statistics = _add(fold, site, term, statistics, operands, context, layer)
-    else:
-        statistics = _add_experts(fold, site, x, g, statistics, operands, context, layer, routing)
-    return product(g, kernel.swapaxes(-1, -2), routing), None, statistics, None, None, None, None
-
-
-_tap.defvjp(_tap_forward, _tap_backward)
-
-
-def _as_documents(x: Array) -> Array:
-    """[document, position, feature] of an array with any number of position axes."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-def _add_experts(fold, site, x, g, statistics, operands, context, layer, routing):
-    """`statistics` plus the terms of all experts of a layer, each from the rows routed to it."""
-    experts, documents = routing.counts.shape
-    tokens = routing.row.shape[0]
-    mask = jnp.ones(tokens, bool) if context.mask is None else context.mask.reshape(-1)
-
-    def step(statistics, expert):
-        def term(operands):
-            def of_grid(rows, there):
-                here = replace(context, mask=there & mask[routing.token[rows]])
-                # Zeros where there is no row, as in padding, also for a fold that has no masks.
-                a_nsi, g_nso = (jnp.where(there[..., None], t[rows], 0) for t in (x, g))
-                return fold.term(site, a_nsi, g_nso, operands, here)
-
-            width = tokens // documents
-            return over_grid(of_grid, routing, expert, positions=width, axes=context.axes)
-
-        member = expert if layer is None else layer * experts + expert
-        return _add(fold, site, term, statistics, operands, context, member), None
-
-    return lax.scan(step, statistics, jnp.arange(experts))[0]
-
-
-def _add(fold, site, term, statistics, operands, context, member):
-    """`statistics` plus the term of a stack's `member`, if that is recorded."""
-
-    def add(statistics, operands, slot):
-        if slot is not None:
-            take = lambda x: lax.dynamic_index_in_dim(x, slot, keepdims=False)  # noqa: E731
-            operands = jax.tree.map(take, operands)
-        if isinstance(fold, JointFold):  # rows of this device's documents, no sums
-            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), statistics, term(operands))
-        return add_scattered(statistics, term(operands), context, slot)
-
-    if site.members is None or len(site.members) == site.stack_size:
-        return add(statistics, operands, member)
-    slots = np.full(site.stack_size, -1, np.int32)
-    slots[list(site.members)] = np.arange(len(site.members))
-    slot = jnp.asarray(slots)[member]
-    return lax.cond(slot >= 0, add, lambda s, *_: s, statistics, operands, jnp.maximum(slot, 0))
-
-
-def add_scattered(
-    statistics: PyTree[Array], term: PyTree[Array], context: Context, slot: Array | None = None
-) -> PyTree[Array]:
-    """`statistics` plus the sum of `term` over devices, in the rows that this device keeps.
-
-    Args:
-        statistics: Running sums.
-        term: This device's.
-        context: Mesh and weight.
-        slot: The entry, where `statistics` has a leading member axis.
-    """
-
-    def add(total: Array, x: Array) -> Array:
-        x = x.astype(total.dtype)
-        rows = context.scatter_rows(x if context.weight == 1 else x * context.weight)
-        return total + rows if slot is None else total.at[slot].add(rows)
-
-    return jax.tree.map(add, statistics, term)

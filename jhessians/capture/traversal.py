@@ -20,9 +20,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jhessians.capture.fold import Context, Fold, JointFold
+from jhessians.capture.linears import attach
 from jhessians.capture.problem import Problem, keep_activations
 from jhessians.capture.site import Operands, Site, Statistics
-from jhessians.capture.tape import Tape, add_scattered, attach, gather_weights
+from jhessians.capture.tape import Tape, gather_weights
+from jhessians.capture.taps import add_scattered
 from jhessians.devices.mesh import axis_names, parameter_specs
 from jhessians.devices.precision import multiplying
 from jhessians.typing import Array, DTypeLike, Float, PyTree
@@ -95,13 +97,13 @@ def accumulate(
 
     def local(state, batch, mask, statistics, operands):
         def forward(statistics):
-            copy = nnx.merge(graph, state)
+            copy = nnx.merge(graph, state, copy=True)  # so that layers may write to it
             keep_activations(copy, problem.activations)
-            gather_weights(copy, context.axes)
             tape = Tape(fold, sites, statistics, operands, replace(context, mask=mask))
             attach(copy, tape)
+            gather_weights(copy, context.axes)
             value = problem.loss(copy, batch)
-            return value, tape.statistics
+            return value, tape.close()
 
         # What goes through the linears and back: the running sums, or the rows of a joint fold.
         threaded = statistics

@@ -15,7 +15,8 @@ from flax import nnx
 
 from jhessians.capture.fold import Context
 from jhessians.capture.problem import Activations, Problem, keep_activations
-from jhessians.capture.tape import Tape, attach
+from jhessians.capture.linears import attach
+from jhessians.capture.tape import Tape
 from jhessians.data.batching import BatchPlan
 from jhessians.folds.covariance import Covariance
 from jhessians.typing import PyTree
@@ -58,7 +59,7 @@ def _residual_bytes(
 
     def pullback(state, batch):
         def forward(statistics):
-            copy = nnx.merge(graph, state)
+            copy = nnx.merge(graph, state, copy=True)
             keep_activations(copy, activations)
             # Its fold is asked in the backward pass only, which isn't traced.
             tape = Tape(Covariance(), problem.sites, statistics, {}, Context())

@@ -22,9 +22,6 @@ from jhessians.typing import Array, DTypeLike, Float, PyTree
 class EigenvalueCorrection:
     """Squares of the documents' gradients in a Kronecker-factored eigenbasis.
 
-    A linear that a model calls twice on one document counts as two documents here, where its
-    gradients should be added before they are squared; no decoder of ours does that.
-
     A site's operands are `activation`, its Q_A, which sites with the same input share, and
     `gradient`, its Q_S. Columns are eigenvectors.
 

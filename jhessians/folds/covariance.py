@@ -30,6 +30,7 @@ class Covariance:
     dtype: DTypeLike = jnp.float32
     shares_inputs = True  # A depends on the input alone
     unit = "position"
+    adds_calls = True  # sums over positions, whatever call they are of
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
         shapes: dict[str, Any] = {**factor_shapes(site, self.dtype)}

@@ -109,7 +109,31 @@ class GradientRows:
         operands: Mapping[str, Any],
         context: Context,
     ) -> Factors:
-        """A site's scaled gradients by head; a module that isn't split is one head."""
+        """A site's scaled gradients by head; a module that isn't split is one head.
+
+        Where a row is one token's, what several calls of the linear contribute to a token are
+        terms of the same row.
+        """
+        factors = self._scaled(site, a, g, operands, context)
+        if not self.tokens or site.calls == 1:
+            return factors
+
+        def calls_as_terms(x: Array) -> Array:
+            *before, positions, terms, features = x.shape
+            x = x.reshape(*before, site.calls, positions // site.calls, terms, features)
+            x = jnp.moveaxis(x, -4, -3)
+            return x.reshape(*before, positions // site.calls, site.calls * terms, features)
+
+        return factors._replace(u=calls_as_terms(factors.u), v=calls_as_terms(factors.v))
+
+    def _scaled(
+        self,
+        site: Site,
+        a: Float[Array, "n s i"],
+        g: Float[Array, "n s o"],
+        operands: Mapping[str, Any],
+        context: Context,
+    ) -> Factors:
         heads = self.head_count(site)
         a = a.astype(self.dtype)
         g = masked(g, context).astype(self.dtype)  # a need not be masked as well

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from jhessians.capture.tape import tapped_modules
+from jhessians.capture.linears import tapped_modules
 from jhessians.errors import CheckpointError
 from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.interop.moments import checked_moment

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jhessians.capture.tape import Tapped, attach
+from jhessians.capture.linears import Tapped, attach
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 PRODUCT = "matrix product"
@@ -135,11 +135,11 @@ class Stack(Tapped):
             state, own, layer = step
             block = nnx.merge(graph, state)
             if tape is not None:
-                tape.gather_weights(block)
                 inner = tape.inside(statistics, layer, self.count)
                 attach(block, inner, prefix=f"{self.name}.{{layer}}")
+                tape.gather_weights(block)
             hidden = block(hidden, *shared, *own)
-            return (hidden, inner.statistics if tape else statistics), None
+            return (hidden, inner.close() if tape else statistics), None
 
         # A policy of matrix products does not save gathered weights, which would undo `fsdp`.
         policies = jax.checkpoint_policies
@@ -149,6 +149,8 @@ class Stack(Tapped):
         policy = policy if self.save_products else None
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         steps = (state, each_layer, jnp.arange(self.count))
+        # A weakly typed carry would have the body traced twice, and its calls counted twice.
+        h = lax.convert_element_type(h, h.dtype)
         (h, statistics), _ = lax.scan(body, (h, statistics), steps)
         if tape is not None:
             tape.statistics = statistics

@@ -6,7 +6,7 @@ References:
 
 from flax import nnx
 
-from jhessians.capture.tape import Tapped
+from jhessians.capture.linears import Tapped
 from jhessians.models.layers import Linear, at_least_float32
 from jhessians.typing import Array, DTypeLike, Float
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from converters import load, registry, save, supported
-from jhessians.capture.tape import tapped_modules
+from jhessians.capture.linears import tapped_modules
 from tests import tolerances
 from tests.converters import cases
 from tests.converters.comparison import documents, error, our_logits, their_logits

@@ -20,7 +20,7 @@ from converters import load, save, save_flax
 from converters.flax_checkpoint import FORMAT_FILE, PARAMETERS
 from converters.loading import parameters
 from converters.verify import verify
-from jhessians.capture.tape import tapped_modules
+from jhessians.capture.linears import tapped_modules
 from jhessians.devices.mesh import make_mesh
 from jhessians.errors import CheckpointError, NumericsError, OutputError
 from tests.converters.test_saving import stored

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from converters import load, load_tokenizer, number_format, save_flax
 from converters.loading import parameters
 from converters.rope import rope_config
-from jhessians.capture.tape import Tapped, tapped_modules
+from jhessians.capture.linears import Tapped, tapped_modules
 from jhessians.devices.mesh import make_mesh
 from jhessians.errors import CheckpointError
 from jhessians.models.rope import rotation

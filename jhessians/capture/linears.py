@@ -1,0 +1,189 @@
+"""Which modules of a model are linears, under which names, and how they come to tell a tape.
+
+Our own linears (`Tapped`) ask their tape to multiply. Those of Flax are given, in the copy of the
+model that is made for one trace, a `dot_general` or `einsum_op` that multiplies as before and then
+shows the tape input and output. The caller's model is never changed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flax import nnx
+from jax import lax
+
+from jhessians.capture.products import Product
+from jhessians.typing import Array
+
+if TYPE_CHECKING:
+    from jhessians.capture.tape import Tape
+
+
+class Tapped(nnx.Module):
+    """A module that a tape is attached to as a whole: a linear, or a stack of blocks.
+
+    Attributes:
+        tape: Is asked to multiply, while a pass is traced.
+        name: Under which name its statistics are reported; by default its path in the model.
+        frozen: Whether it is passed over; modules inside it may be recorded nevertheless.
+        members: Which linears of its stack are recorded; None for all.
+        scans: Whether it runs blocks of its own and attaches the tape to each of them.
+        suffix: What its name ends with where that is its path.
+    """
+
+    tape: Any = None
+    name: str | None = None
+    frozen: bool = False
+    members: tuple[int, ...] | None = None
+    scans = False
+    suffix = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A matrix that a linear multiplies its input with.
+
+    Attributes:
+        name: Of its site.
+        kernel: Its parameter, in whatever shape the linear keeps it.
+        bias: The parameter that is added to the product, if there is one.
+    """
+
+    name: str
+    kernel: nnx.Variable
+    bias: nnx.Variable | None = None
+
+
+def modules(
+    node: Any, prefix: str = "", *, inside_stacks: bool = False, seen: set[int] | None = None
+) -> Iterator[tuple[str, nnx.Module]]:
+    """Path and module of `node` and of all modules in it, each once, the outer ones first.
+
+    What is inside a linear of ours that isn't frozen belongs to that linear and is left out.
+
+    Args:
+        node: A module, or a dict, list or tuple of some.
+        prefix: The path of `node`.
+        inside_stacks: Whether to go on inside our own linears and stacks; the layer's number in
+            a path inside a stack is `{layer}`.
+        seen: The identities of what was met already.
+    """
+    seen = set() if seen is None else seen
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, nnx.Module):
+        yield prefix, node
+        if isinstance(node, Tapped) and not node.frozen:
+            if not inside_stacks:
+                return
+            if node.scans:
+                path = f"{node.name or prefix}.{{layer}}"
+                yield from modules(node.blocks, path, inside_stacks=True, seen=seen)
+                return
+    for key, child in children(node):
+        path = f"{prefix}.{key}" if prefix else str(key)
+        yield from modules(child, path, inside_stacks=inside_stacks, seen=seen)
+
+
+def children(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Key and value of what `node` holds that may be or contain modules."""
+    if isinstance(node, nnx.Module):
+        yield from nnx.iter_module_children(node, graph=True)
+        for key, value in vars(node).items():
+            if isinstance(value, dict | list | tuple) and not key.startswith("_pytree__"):
+                yield key, value
+    elif isinstance(node, dict):
+        yield from node.items()
+    elif isinstance(node, list | tuple):
+        yield from enumerate(node)
+
+
+def tapped_modules(model: nnx.Module, prefix: str = "") -> Iterator[tuple[str, Tapped]]:
+    """Path and module of every tapped module that is not frozen and not inside another one."""
+    for path, module in modules(model, prefix):
+        if isinstance(module, Tapped) and not module.frozen:
+            yield path, module
+
+
+def weights(module: nnx.Module, path: str) -> list[Weight]:
+    """The matrices that `module` itself multiplies with, if it is a linear that we know."""
+    if isinstance(module, Tapped):
+        if module.scans or module.frozen or getattr(module, "kernel", None) is None:
+            return []
+        own: Any = module
+        return [Weight(module.name or path + module.suffix, own.kernel, own.bias)]
+    if isinstance(module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum):
+        return [Weight(path or "linear", module.kernel, module.bias)]
+    if type(module) in (nnx.LoRA, _RecordedLoRA):
+        before = f"{path}." if path else ""
+        return [
+            Weight(f"{before}lora_a", module.lora_a),
+            Weight(f"{before}lora_b", module.lora_b),
+        ]
+    return []
+
+
+def attach(model: nnx.Module, tape: "Tape", prefix: str = "") -> None:
+    """Let `tape` listen to `model`, a copy that was merged for this trace and dies with it.
+
+    Linears that share one parameter share the name of the first of them: they are one site, called
+    several times.
+    """
+    names: dict[int, str] = {}
+    for path, module in modules(model, prefix):
+        shared = [
+            Weight(names.setdefault(id(each.kernel), each.name), each.kernel, each.bias)
+            for each in weights(module, path)
+        ]
+        if isinstance(module, Tapped):
+            if not module.frozen:
+                module.tape = tape
+                module.name = shared[0].name if shared else module.name or path + module.suffix
+        elif shared:
+            _listen(module, tape, shared)
+
+
+def _listen(module: Any, tape: "Tape", weights: list[Weight]) -> None:
+    """Have a linear of Flax show `tape` its products."""
+    if isinstance(module, nnx.LoRA):
+        object.__setattr__(module, "__class__", _RecordedLoRA)
+        module.tape, module.weights = tape, tuple(weights)
+        return
+    (weight,) = weights
+    if isinstance(module, nnx.Einsum):
+        einsum = module.einsum_op
+
+        def einsum_op(equation: str, x: Array, kernel: Array, **options: Any) -> Array:
+            y = einsum(equation, x, kernel, **options)
+            return tape.observe(weight, Product.of_einsum(equation, x.ndim), x, kernel, y)
+
+        module.einsum_op = einsum_op
+        return
+    made = getattr(module, "dot_general_cls", None)  # which comes before `dot_general` in Flax
+    multiply = made() if made is not None else module.dot_general or lax.dot_general
+
+    def dot_general(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
+        y = multiply(x, kernel, dimension_numbers, **options)
+        product = Product.of_dot_general(dimension_numbers, x.ndim, kernel.ndim)
+        return tape.observe(weight, product, x, kernel, y)
+
+    module.dot_general = dot_general
+    if made is not None:
+        module.dot_general_cls = None
+
+
+class _RecordedLoRA(nnx.LoRA):
+    """`nnx.LoRA`, which multiplies without a `dot_general` of its own, and shows a tape how."""
+
+    tape: Any = None
+    weights: tuple[Weight, ...] = ()
+
+    def __call__(self, x: Array, **options: Any) -> Array:
+        x, *kernels = self.promote_dtype((x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype)
+        y = x
+        for weight, kernel in zip(self.weights, kernels, strict=True):
+            product = Product.of_einsum("...a,ab->...b", y.ndim)
+            y = self.tape.observe(weight, product, y, kernel, y @ kernel)
+        base: Any = self.base_module
+        return y if base is None else y + base(x, **options)

@@ -1,0 +1,178 @@
+"""The custom derivatives by which a linear adds its term to the running statistics.
+
+The statistics pass through a `jax.custom_vjp` unchanged; in the backward pass their *cotangent* is
+the running sum, to which the linear adds its fold's term. There are two kinds:
+
+    tap       computes a linear's product itself; for one call
+    collect   opens a linear for one or more calls, each of which reports its input and output
+    report    gradient; when all have, `collect` adds one term of all calls' positions
+
+A document's gradient is Σ g aᵀ over the positions of all calls that share the weight, so a fold
+that squares documents' gradients must see the calls together.
+
+a: [document, position, in], a linear's input. g: [document, position, out], the loss gradient at
+its output.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jhessians.capture.fold import Context, JointFold
+from jhessians.capture.routing import Routing, grouped_product, over_grid
+from jhessians.typing import Array, PyTree
+
+
+def product(x: Array, kernel: Array, routing: Routing | None = None) -> Array:
+    """x @ kernel; with a routing, each expert's rows times the kernel of that expert."""
+    return x @ kernel if routing is None else grouped_product(x, kernel, routing.sizes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def tap(fold, site, x, kernel, statistics, operands, context, layer, routing):
+    """`product(x, kernel, routing)`, and `statistics`, to whose cotangent the term is added."""
+    return product(x, kernel, routing), statistics
+
+
+def _tap_forward(fold, site, x, kernel, statistics, operands, context, layer, routing):
+    y = product(x, kernel, routing)
+    return (y, statistics), (x, kernel, operands, context, layer, routing)
+
+
+def _tap_backward(fold, site, residuals, cotangents):
+    x, kernel, operands, context, layer, routing = residuals
+    g, statistics = cotangents
+    if routing is None:
+        statistics = _add_calls(fold, site, [(x, g)], statistics, operands, context, layer)
+    else:
+        statistics = _add_experts(fold, site, x, g, statistics, operands, context, layer, routing)
+    return product(g, kernel.swapaxes(-1, -2), routing), None, statistics, None, None, None, None
+
+
+tap.defvjp(_tap_forward, _tap_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def collect(fold, site, statistics, slots, operands, context, layer):
+    """`statistics`, and `slots`: zeros of the forms of (a, g), a pair for each call to come.
+
+    Each slot goes to one `report`. In the backward pass the slots' cotangents are what the calls
+    reported, and one term of all of them is added to the statistics' cotangent.
+    """
+    return statistics, slots
+
+
+def _collect_forward(fold, site, statistics, slots, operands, context, layer):
+    return (statistics, slots), (operands, context, layer)
+
+
+def _collect_backward(fold, site, residuals, cotangents):
+    operands, context, layer = residuals
+    statistics, calls = cotangents
+    statistics = _add_calls(fold, site, calls, statistics, operands, context, layer)
+    return statistics, None, None, None, None
+
+
+collect.defvjp(_collect_forward, _collect_backward)
+
+
+@jax.custom_vjp
+def report(x, y, slot):
+    """`y`; in the backward pass the cotangent of `slot` is (x, the gradient at y)."""
+    return y
+
+
+report.defvjp(lambda x, y, slot: (y, x), lambda x, g: (None, g, (x, g)))
+
+
+def _add_calls(fold, site, calls, statistics, operands, context, layer):
+    """`statistics` plus the term of the calls' positions, one call's after the other's."""
+    a, g = (
+        pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, 1)
+        for pieces in ([_as_documents(x) for x in each] for each in zip(*calls, strict=True))
+    )
+    if context.mask is not None:
+        mask = jnp.concatenate([context.mask] * len(calls), 1) if len(calls) > 1 else context.mask
+        if mask.shape != a.shape[:2]:
+            raise ValueError(
+                f"{site.name} reads {a.shape[1]} positions of {a.shape[0]} documents where the "
+                f"mask has {mask.shape[1]} of {mask.shape[0]}; give a mask of the same positions, "
+                "or leave it out"
+            )
+        context = replace(context, mask=mask)
+
+    def term(operands):
+        return fold.term(site, a, g, operands, context)
+
+    return _add(fold, site, term, statistics, operands, context, layer)
+
+
+def _as_documents(x: Array) -> Array:
+    """[document, position, feature] of an array with any number of position axes."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _add_experts(fold, site, x, g, statistics, operands, context, layer, routing):
+    """`statistics` plus the terms of all experts of a layer, each from the rows routed to it."""
+    experts, documents = routing.counts.shape
+    tokens = routing.row.shape[0]
+    mask = jnp.ones(tokens, bool) if context.mask is None else context.mask.reshape(-1)
+
+    def step(statistics, expert):
+        def term(operands):
+            def of_grid(rows, there):
+                here = replace(context, mask=there & mask[routing.token[rows]])
+                # Zeros where there is no row, as in padding, also for a fold that has no masks.
+                a_nsi, g_nso = (jnp.where(there[..., None], t[rows], 0) for t in (x, g))
+                return fold.term(site, a_nsi, g_nso, operands, here)
+
+            width = tokens // documents
+            return over_grid(of_grid, routing, expert, positions=width, axes=context.axes)
+
+        member = expert if layer is None else layer * experts + expert
+        return _add(fold, site, term, statistics, operands, context, member), None
+
+    return lax.scan(step, statistics, jnp.arange(experts))[0]
+
+
+def _add(fold, site, term, statistics, operands, context, member):
+    """`statistics` plus the term of a stack's `member`, if that one is recorded."""
+
+    def add(statistics, operands, slot):
+        if slot is not None:
+            take = lambda x: lax.dynamic_index_in_dim(x, slot, keepdims=False)  # noqa: E731
+            operands = jax.tree.map(take, operands)
+        if isinstance(fold, JointFold):  # rows of this device's documents, no sums
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), statistics, term(operands))
+        return add_scattered(statistics, term(operands), context, slot)
+
+    if site.members is None or len(site.members) == site.stack_size:
+        return add(statistics, operands, member)
+    slots = np.full(site.stack_size, -1, np.int32)
+    slots[list(site.members)] = np.arange(len(site.members))
+    slot = jnp.asarray(slots)[member]
+    return lax.cond(slot >= 0, add, lambda s, *_: s, statistics, operands, jnp.maximum(slot, 0))
+
+
+def add_scattered(
+    statistics: PyTree[Array], term: PyTree[Array], context: Context, slot: Array | None = None
+) -> PyTree[Array]:
+    """`statistics` plus the sum of `term` over devices, in the rows that this device keeps.
+
+    Args:
+        statistics: The running sums.
+        term: What this device adds.
+        context: Holds the mesh and the weight of the term.
+        slot: The index on the leading member axis of `statistics`, where there is one.
+    """
+
+    def add(total: Array, x: Array) -> Array:
+        x = x.astype(total.dtype)
+        rows = context.scatter_rows(x if context.weight == 1 else x * context.weight)
+        return total + rows if slot is None else total.at[slot].add(rows)
+
+    return jax.tree.map(add, statistics, term)
