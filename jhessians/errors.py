@@ -32,6 +32,10 @@ class NumericsError(UserError):
     """NaN or infinity where a finite number is needed; the message names the module."""
 
 
+class FoldError(UserError):
+    """A fold whose statistics, terms or operands don't fit one another; the message names them."""
+
+
 class OutputError(UserError):
     """A result that can't be written: it exists already, the disk is full, no permission."""
 

@@ -24,12 +24,47 @@ def position_mask(batch: Any) -> Bool[Array | np.ndarray, "n s"] | None:
     """The positions of a batch that count, [document, position]: its `position_mask`.
 
     Args:
-        batch: An object with an attribute of that name, or a mapping with such a key; any other
-            batch counts as a whole.
+        batch: A mapping with such a key or an object with such an attribute.
+
+    Returns:
+        The mask; None, which stands for all positions, where there is no such entry.
+
+    Raises:
+        ValueError: If there is no such entry, but another one whose name ends in "mask", such as
+            `attention_mask`: which positions count must not be a guess. An entry `position_mask`
+            that is None, or another `Problem.mask`, says that all of them do.
     """
+    names = _entries(batch)
+    if "position_mask" not in names and (other := [n for n in names if n.endswith("mask")]):
+        raise ValueError(
+            f"the batch has {other[0]} but no position_mask; expected position_mask, true where a "
+            "position's gradient counts (as a rule all of a document but its last token): add it, "
+            "or None for all positions"
+        )
+    return _entry(batch, "position_mask")
+
+
+def document_ids(batch: Any) -> np.ndarray | Array | None:
+    """The numbers of a batch's documents in the data, [document]: its `document`.
+
+    Args:
+        batch: A mapping with such a key or an object with such an attribute.
+
+    Returns:
+        The numbers, -1 for rows that only fill up the batch; None where there is no such entry.
+    """
+    return _entry(batch, "document")
+
+
+def _entry(batch: Any, name: str) -> Any:
+    return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+
+
+def _entries(batch: Any) -> list[str]:
+    """The names of what a batch holds, where it has names."""
     if isinstance(batch, Mapping):
-        return batch.get("position_mask")
-    return getattr(batch, "position_mask", None)
+        return [name for name in batch if isinstance(name, str)]
+    return list(getattr(batch, "_fields", None) or getattr(batch, "__dict__", ()))
 
 
 @dataclass(frozen=True)
@@ -40,7 +75,8 @@ class Problem:
         loss: Summed over documents.
         model: The weights.
         sites: The linears to record, from `find_sites`.
-        mask: Tells from a batch which positions count; None if all do.
+        mask: Tells from a batch which positions count, [document, position], or None if all do;
+            by default the batch's own `position_mask`.
         mesh: Devices, over which documents and rows of statistics are spread; None for the one
             device that the batches are on.
         draws: How many losses `loss` returns, over which statistics are averaged.

@@ -19,6 +19,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jhessians.capture.checks import require_fit, require_shapes
+from jhessians.capture.documents import DocumentContext, PerDocument
 from jhessians.capture.fold import Context, Fold, JointFold
 from jhessians.capture.linears import attach
 from jhessians.capture.problem import Problem, keep_activations
@@ -31,22 +33,30 @@ from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 
 def initialize(
-    fold: Fold | JointFold, problem: Problem, *, dtype: DTypeLike = jnp.float32
+    fold: Fold | JointFold, problem: Problem, *, dtype: DTypeLike | None = None
 ) -> Statistics:
     """Sums of nothing: zeros for every site, their rows padded and sharded over the mesh.
 
     Args:
         fold: What will be summed.
         problem: Its sites and mesh; neither loss nor model is looked at.
-        dtype: Number format of the sums.
+        dtype: Number format of the sums; by default the one that the fold's shapes name.
+
+    Returns:
+        Zeros, for `accumulate` to add to; `unpack` makes whole arrays of what it gives.
+
+    Raises:
+        FoldError: If one of the fold's statistics is a scalar or no shape.
+        ValueError: If the problem has no linears.
     """
+    require_shapes(fold, problem)
     sites, mesh = problem.sites, problem.mesh
-    context = _context(mesh)
+    context = _context(fold, mesh)
 
     def zeros(site: Site | None, shape: jax.ShapeDtypeStruct) -> Array:
         members = () if site is None or site.members is None else (len(site.members),)
         rows = context.padded(shape.shape[0])
-        return jnp.zeros((*members, rows, *shape.shape[1:]), dtype)
+        return jnp.zeros((*members, rows, *shape.shape[1:]), dtype or shape.dtype)
 
     def statistics() -> Statistics:
         if isinstance(fold, JointFold):
@@ -72,7 +82,8 @@ def accumulate(
 ) -> tuple[Statistics, Float[Array, ""]]:
     """Add one batch's terms to the statistics.
 
-    Jit it with `statistics` donated and the sums are updated in place.
+    Jit it with `statistics` donated and the sums are updated in place. The fold is checked, without
+    computing anything, each time that this is traced.
 
     Args:
         fold: What to compute at every linear.
@@ -85,14 +96,28 @@ def accumulate(
         The new statistics, and the batch's loss, the mean over the draws of labels.
 
     Raises:
-        ValueError: If the loss returns another number of losses than the problem's draws, or a
-            joint fold gets no mask.
+        FoldError: If a term has another shape than the fold's `shapes` says, an operand is missing,
+            or the statistics are those of another fold or of other linears.
+        ValueError: If the loss returns another number of losses than the problem's draws, a joint
+            fold gets no mask, the mask isn't [document, position], the documents can't be divided
+            among the devices, or there are no linears.
         ConfigError: If the device doesn't multiply in the problem's precision.
     """
     sites, mesh, mask = problem.sites, problem.mesh, problem.mask(batch)
+    mask = None if mask is None else jnp.asarray(mask, bool)
+    documents = len(jax.tree.leaves(batch)[0])
     if isinstance(fold, JointFold) and mask is None:
         raise ValueError(f"{fold.joint} rows need the mask of the positions that count")
-    context = replace(_context(mesh), weight=1 / problem.draws)
+    if mask is not None and (mask.ndim != 2 or len(mask) != documents):
+        raise ValueError(
+            f"the mask has shape {list(mask.shape)}; expected [document, position], of {documents} "
+            "documents"
+        )
+    require_fit(
+        fold, problem, statistics, documents=documents,
+        positions=None if mask is None else mask.shape[1], operands=operands,
+    )  # fmt: skip
+    context = replace(_context(fold, mesh), weight=1 / problem.draws)
     graph, state = nnx.split(problem.model)
 
     def local(state, batch, mask, statistics, operands):
@@ -186,5 +211,6 @@ def shaped_rows(
     )
 
 
-def _context(mesh: Mesh | None) -> Context:
-    return Context() if mesh is None else Context(axes=axis_names(mesh), shards=mesh.size)
+def _context(fold: Fold | JointFold, mesh: Mesh | None) -> Context:
+    kind = DocumentContext if isinstance(fold, PerDocument) else Context
+    return kind() if mesh is None else kind(axes=axis_names(mesh), shards=mesh.size)
