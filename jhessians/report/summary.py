@@ -48,6 +48,8 @@ class Summary:
         disk_bytes: Space taken on disk, hard links counted once.
         padding_share: Share of computed positions that hold no token, `BatchPlan.padding_share`.
         product: What was fitted, in the plural.
+        coverage: Which share of the parameters is recorded, and what is passed over and why, a
+            line each.
         notes: Lines that were said on the way; they are not said again.
         number_format: Of the model, such as "float32, stored in bfloat16".
         warnings: One line each.
@@ -68,6 +70,7 @@ class Summary:
     disk_bytes: int
     padding_share: float = 0.0
     product: str = "factors"
+    coverage: Sequence[str] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
     number_format: str = ""
     warnings: Sequence[str] = field(default_factory=tuple)
@@ -125,6 +128,10 @@ def render(summary: Summary) -> str:
     }
     lines = [f"{summary.method} {summary.product} are in {summary.run_path}", ""]
     lines += [f"  {name:<9}{value}" for name, value in facts.items() if value]
+    if summary.coverage:
+        lines += ["", "  Parameters"]
+        for line in summary.coverage:
+            lines += wrap(line, WIDTH, initial_indent="    ", subsequent_indent="      ")
     if summary.timings:
         lines += ["", "  Time per stage"]
         lines += _stage_rows(summary.timings)

@@ -21,7 +21,9 @@ def of_documents(loss, model, batch):
 
         @jax.jit
         def gradient(parameters, document):
-            return jax.grad(lambda p: loss(nnx.merge(graph, p, rest, copy=True), document))(parameters)
+            return jax.grad(lambda p: loss(nnx.merge(graph, p, rest, copy=True), document))(
+                parameters
+            )
 
         count = len(jax.tree.leaves(batch)[0])
         documents = [

@@ -240,9 +240,7 @@ class AlongDocuments(nnx.Module):
 
 
 def test_kernels_along_the_axis_of_documents_are_listed():
-    sites = jhessians.find_sites(
-        squares, Holder(AlongDocuments, nnx.Rngs(0)), data()
-    )
+    sites = jhessians.find_sites(squares, Holder(AlongDocuments, nnx.Rngs(0)), data())
     assert list(sites) == ["first"]
     reasons = {each.path: each.reason for each in sites.passed_over}
     assert "a kernel of its own" in reasons["other.each.kernel"]

@@ -15,6 +15,7 @@ import converters.hub
 import converters.parameter_order
 import converters.registry
 from jhessians import demo
+from jhessians.capture.coverage import Sites
 from jhessians.capture.problem import Activations, Problem
 from jhessians.capture.sites import find_sites
 from jhessians.commands.compute.config import ComputeConfig
@@ -79,7 +80,7 @@ def compute(config: ComputeConfig) -> Summary:
             reword=partial(name_flags, names=names),
         )
         inputs = _read_inputs(config, mesh, progress)
-        problem = _load_problem(config, inputs, mesh, progress)
+        problem, sites = _load_problem(config, inputs, mesh, progress)
         config = _settled(config, inputs, problem, mesh, progress)
         problem = replace(problem, activations=cast(Activations, config.activations))
         shards = config.num_shards or mesh.size
@@ -131,6 +132,7 @@ def compute(config: ComputeConfig) -> Summary:
         padding_share=inputs.batches.plan.padding_share,
         number_format=converters.number_format(problem.model),
         profile=profile,
+        coverage=sites.coverage.lines(),
         notes=progress.notes,
         warnings=progress.warnings,
         next_shell=shell,
@@ -188,7 +190,7 @@ def _read_inputs(config: ComputeConfig, mesh: Mesh, progress: Progress) -> _Inpu
 
 def _load_problem(
     config: ComputeConfig, inputs: _Inputs, mesh: Mesh, progress: Progress
-) -> Problem:
+) -> tuple[Problem, Sites]:
     """Load the weights and find the linears that the options take in."""
     spread = mesh if mesh.size > 1 else None
     with progress.stage("Model"), together():
@@ -211,10 +213,11 @@ def _load_problem(
     sites = find_sites(loss, model, example, include_bias=config.include_bias)
     family = converters.registry.family_of(inputs.settings)
     sites = select_sites(sites, config, family.base_prefix, progress.note)
-    return Problem(
+    problem = Problem(
         loss, model, sites,
         mesh=spread, draws=config.mc_samples, matmul_precision=config.matmul_precision,
     )  # fmt: skip
+    return problem, sites
 
 
 def _settled(
