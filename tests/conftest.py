@@ -13,10 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-hook = install_import_hook(
-    [f"jhessians.{name}" for name in ("capture", "fitting", "folds", "linalg", "models")],
-    "beartype.beartype",
-)
+from tests.checking import PACKAGES  # noqa: E402
+
+hook = install_import_hook(PACKAGES, "tests.checking.checked")
 
 import jax  # noqa: E402
 
