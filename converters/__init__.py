@@ -5,6 +5,7 @@ import os
 # Before transformers is imported: it would warn that there is no torch, which we do without.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+from converters.common import decoder, head_size, rms  # noqa: E402
 from converters.flax_checkpoint import save_flax  # noqa: E402
 from converters.generate import generate  # noqa: E402
 from converters.hub import load_tokenizer  # noqa: E402
@@ -20,14 +21,17 @@ __all__ = [
     "Rule",
     "conv1d",
     "create",
+    "decoder",
     "decoder_config",
     "generate",
+    "head_size",
     "linear",
     "load",
     "load_tokenizer",
     "norm",
     "number_format",
     "register",
+    "rms",
     "save",
     "save_flax",
     "supported",

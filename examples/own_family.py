@@ -12,9 +12,20 @@ import jax.numpy as jnp
 from flax import nnx
 from transformers import PretrainedConfig
 
-from converters import Family, Rule, create, linear, load, norm, register, save
-from converters.common import decoder, head_size, rms
-from jhessians.models.config import RopeConfig
+from converters import (
+    Family,
+    Rule,
+    create,
+    decoder,
+    head_size,
+    linear,
+    load,
+    norm,
+    register,
+    rms,
+    save,
+)
+from jhessians import RopeConfig
 
 OURS, THEIRS = "layers.blocks", "model.layers.{layer}"
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import converters
 import jhessians
 from jhessians import demo
-from jhessians.data import DataOptions, iterate_batches, load_documents, plan_batches
 
 
 @dataclass(frozen=True)  # a fold is a static argument of jit
@@ -34,12 +33,12 @@ class DiagonalFisher:
 def main() -> None:
     # The demo: a Llama of 0.5M parameters and the sentences that it was trained on.
     model, config, tokenizer = converters.load(demo.MODEL)
-    documents = load_documents(
-        DataOptions(str(demo.DATASET), split="train[:256]"), tokenizer,
+    documents = jhessians.load_documents(
+        jhessians.DataOptions(str(demo.DATASET), split="train[:256]"), tokenizer,
         max_length=128, vocab_size=model.config.vocabulary_size,
     )  # fmt: skip
-    plan = plan_batches(documents.lengths, token_batch_size=1024)
-    batches = list(iterate_batches(documents, plan))
+    plan = jhessians.plan_batches(documents.lengths, token_batch_size=1024)
+    batches = list(jhessians.iterate_batches(documents, plan))
 
     # With labels="sampled" from the model itself it would be the true Fisher.
     loss = jhessians.NextTokenLoss(labels="dataset")

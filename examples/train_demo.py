@@ -24,9 +24,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from converters import create, save
-from jhessians.data import Batch, BatchPlan, Documents, iterate_batches, plan_batches
-from jhessians.models.decoder import Decoder
-from jhessians.models.loss import NextTokenLoss
+from jhessians import (
+    Batch,
+    BatchPlan,
+    Decoder,
+    Documents,
+    NextTokenLoss,
+    iterate_batches,
+    plan_batches,
+)
 
 POSITIONS = 128
 VOCABULARY = 640

@@ -9,34 +9,45 @@ from typing import Any
 
 from jhessians.version import __version__
 
-# Names are imported when they are used: `--help` must not wait for JAX.
-_HOMES = {
-    "Linear": "jhessians.models.layers",
-    "Stack": "jhessians.models.layers",
-    "Decoder": "jhessians.models.decoder",
-    "DecoderConfig": "jhessians.models.config",
-    "NextTokenLoss": "jhessians.models.loss",
-    "Batch": "jhessians.data.batching",
-    "Covariance": "jhessians.folds.covariance",
-    "EigenvalueCorrection": "jhessians.folds.correction",
-    "Context": "jhessians.capture.fold",
-    "Fold": "jhessians.capture.fold",
-    "Site": "jhessians.capture.site",
-    "accumulate": "jhessians.capture.traversal",
-    "find_sites": "jhessians.capture.sites",
-    "initialize": "jhessians.capture.traversal",
-    "Problem": "jhessians.capture.problem",
-    "run_pass": "jhessians.fitting.passes",
-    "fit": "jhessians.fitting.fit",
-    "inverse_vector_product": "jhessians.linalg.inverse",
-    "load_factors": "jhessians.interop.load",
-    "GradientProcessor": "jhessians.interop.processor",
-    "AdamNormalizer": "jhessians.folds.normalizers",
-    "AdafactorNormalizer": "jhessians.folds.normalizers",
-    "make_mesh": "jhessians.devices.mesh",
-}
+# By the module that has them. They are imported when they are used: `--help` must not wait for JAX.
+_MODULES = {
+    "capture.coverage": ("Coverage", "Sites"),
+    "capture.fold": ("Context", "Fold", "JointFold"),
+    "capture.problem": ("Problem",),
+    "capture.site": ("Site",),
+    "capture.sites": ("find_sites",),
+    "capture.traversal": ("accumulate", "initialize"),
+    "data.batching": ("Batch", "BatchPlan", "iterate_batches", "plan_batches"),
+    "data.documents": ("Documents",),
+    "data.sources": ("DataOptions", "load_documents"),
+    "devices.mesh": ("make_mesh",),
+    "errors": (
+        "CheckpointError", "ConfigError", "DatasetError", "FoldError", "MeshError",
+        "NumericsError", "OutputError", "UserError",
+    ),
+    "fitting.fit": ("fit",),
+    "fitting.passes": ("run_pass",),
+    "folds.correction": ("EigenvalueCorrection",),
+    "folds.covariance": ("Covariance",),
+    "folds.gram": ("Gram", "JointGram"),
+    "folds.normalizers": ("AdafactorNormalizer", "AdamNormalizer"),
+    "folds.reduced": ("ReducedCovariance",),
+    "folds.rows": ("GradientRows",),
+    "folds.second_moment": ("SecondMoment",),
+    "folds.shampoo": ("Shampoo",),
+    "folds.tkfac": ("TraceCovariance",),
+    "interop.load": ("load_factors",),
+    "interop.processor": ("GradientProcessor",),
+    "linalg.inverse": ("inverse_vector_product",),
+    "linalg.projection": ("Projection",),
+    "models.config": ("DecoderConfig", "RopeConfig"),
+    "models.decoder": ("Decoder",),
+    "models.layers": ("Linear", "Stack"),
+    "models.loss": ("NextTokenLoss",),
+}  # fmt: skip
+_HOMES = {name: f"jhessians.{module}" for module, names in _MODULES.items() for name in names}
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
