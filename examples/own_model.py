@@ -70,7 +70,9 @@ def main(documents: int = 512, steps: int = 30) -> float:
             kernel, bias = gradient[name]["kernel"], gradient[name]["bias"]
             direction = jhessians.inverse_vector_product(
                 jnp.concatenate([kernel[...].T, bias[...][:, None]], axis=1),  # [out, in + 1]
-                q_s, q_a, jnp.outer(lambda_s, lambda_a),
+                gradient_eigenvectors=q_s,
+                activation_eigenvectors=q_a,
+                eigenvalues=jnp.outer(lambda_s, lambda_a),
             )  # fmt: skip
             kernel[...], bias[...] = direction[:, :-1].T, direction[:, -1]
         return jax.tree.map(lambda p, d: p - 0.3 * d, state, gradient), value

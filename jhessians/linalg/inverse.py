@@ -35,20 +35,23 @@ def damped_inverse(
 
 def inverse_vector_product(
     gradient: Float[Array, "*batch o i"],
-    eigenvectors_gradient: Float[Array, "o o"],
-    eigenvectors_activation: Float[Array, "i i"],
-    eigenvalues: Float[Array, "o i"],
     *,
+    gradient_eigenvectors: Float[Array, "o o"],
+    activation_eigenvectors: Float[Array, "i i"],
+    eigenvalues: Float[Array, "o i"],
     damping_factor: float = 0.1,
 ) -> Float[Array, "*batch o i"]:
     """(H + damping)⁻¹ applied to gradients: Q_S (multiplier ∘ Q_Sᵀ V Q_A) Q_Aᵀ.
 
     Args:
         gradient: V, in the layout of the weight.
-        eigenvectors_gradient: Q_S.
-        eigenvectors_activation: Q_A.
+        gradient_eigenvectors: Q_S.
+        activation_eigenvectors: Q_A.
         eigenvalues: Λ of a document: λ_S ⊗ λ_A, or their correction.
         damping_factor: Relative to the mean of Λ.
+
+    Returns:
+        The inverse times each gradient, of the same shape.
 
     Raises:
         ValueError: If `damping_factor` is negative.
@@ -58,6 +61,6 @@ def inverse_vector_product(
     """
     multiplier = damped_inverse(eigenvalues, eigenvalues.mean(), damping_factor=damping_factor)
     with jax.default_matmul_precision("highest"):
-        rotated = eigenvectors_gradient.T @ gradient @ eigenvectors_activation
+        rotated = gradient_eigenvectors.T @ gradient @ activation_eigenvectors
         scaled = rotated * jnp.broadcast_to(multiplier, rotated.shape)
-        return eigenvectors_gradient @ scaled @ eigenvectors_activation.T
+        return gradient_eigenvectors @ scaled @ activation_eigenvectors.T

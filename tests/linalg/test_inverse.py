@@ -21,6 +21,12 @@ def narrow(*arrays):
     return [jnp.asarray(x, jnp.float32) for x in arrays]
 
 
+def eigenpairs(q_s, q_a, eigenvalues):
+    """Keywords of `inverse_vector_product`: two square factors must not be swapped in silence."""
+    s, a, values = narrow(q_s, q_a, eigenvalues)
+    return {"gradient_eigenvectors": s, "activation_eigenvectors": a, "eigenvalues": values}
+
+
 @pytest.mark.parametrize("damping_factor", [0.1, 1.0])
 def test_equals_a_dense_solve(damping_factor):
     q_s, q_a, eigenvalues, gradient = make()
@@ -28,10 +34,11 @@ def test_equals_a_dense_solve(damping_factor):
     dense += damping_factor * eigenvalues.mean() * np.eye(len(dense))
     expected = np.linalg.solve(dense, gradient.reshape(6, -1).T).T.reshape(gradient.shape)
 
-    v, s, a, values = narrow(gradient, q_s, q_a, eigenvalues)
-    result = inverse_vector_product(v, s, a, values, damping_factor=damping_factor)
+    (v,) = narrow(gradient)
+    basis = eigenpairs(q_s, q_a, eigenvalues)
+    result = inverse_vector_product(v, **basis, damping_factor=damping_factor)
     assert relative_error(result, expected) < 1e-5
-    one = inverse_vector_product(v[1, 0], s, a, values, damping_factor=damping_factor)
+    one = inverse_vector_product(v[1, 0], **basis, damping_factor=damping_factor)
     assert relative_error(one, expected[1, 0]) < 1e-5
 
 
@@ -39,8 +46,9 @@ def test_without_damping_it_undoes_the_curvature():
     q_s, q_a, eigenvalues, gradient = make()
     eigenvalues += 0.5
     product = q_s @ (eigenvalues * (q_s.T @ gradient @ q_a)) @ q_a.T
-    v, s, a, values = narrow(product, q_s, q_a, eigenvalues)
-    result = inverse_vector_product(v, s, a, values, damping_factor=0.0)
+    (v,) = narrow(product)
+    basis = eigenpairs(q_s, q_a, eigenvalues)
+    result = inverse_vector_product(v, **basis, damping_factor=0.0)
     assert relative_error(result, gradient) < 1e-5
 
 
@@ -56,8 +64,9 @@ def test_damping_is_relative_to_the_mean():
 
 def test_damping_may_not_be_negative():
     q_s, q_a, eigenvalues, gradient = make()
-    v, s, a, values = narrow(gradient, q_s, q_a, eigenvalues)
+    v, values = narrow(gradient, eigenvalues)
+    basis = eigenpairs(q_s, q_a, eigenvalues)
     with pytest.raises(ValueError, match="damping_factor is -0.1"):
         damped_inverse(values, values.mean(), damping_factor=-0.1)
     with pytest.raises(ValueError, match="damping_factor is -1"):
-        inverse_vector_product(v, s, a, values, damping_factor=-1.0)
+        inverse_vector_product(v, **basis, damping_factor=-1.0)
