@@ -151,7 +151,7 @@ def _rows(
     length: int,
     token_batch_size: int,
     devices: int,
-) -> Int[np.ndarray, "..."]:
+) -> Int[np.ndarray, "..."] | np.integer:
     """Rows of each batch of a bucket: no more batches than needed, as equal as can be."""
     capacity = devices * max(1, token_batch_size // length)
     batches = np.maximum(1, -(-documents // capacity))

@@ -104,7 +104,7 @@ def parameter_specs(state: nnx.State, mesh: Mesh) -> PyTree[P]:
     return jax.tree.map(spec, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def put_batches(batches: PyTree[np.ndarray], mesh: Mesh | None) -> PyTree[Array]:
+def put_batches(batches: PyTree[np.ndarray], mesh: Mesh | None) -> PyTree[Any]:
     """Spread this host's rows of stacked batches [batch, document, ...] over its devices.
 
     The rows of all hosts together make the global batches. Without a mesh nothing is done.
