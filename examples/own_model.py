@@ -62,10 +62,8 @@ def main(documents: int = 512, steps: int = 30) -> float:
             fold, problem.of(nnx.merge(graph, state)), {**batch, "noise": noise},
             jhessians.initialize(fold, problem),
         )  # fmt: skip
-        for name, site in sites.items():
-            # Factors under 512 rows are one block, whose rows are padded for the devices.
-            a = factors[name]["activation"][0][: site.inputs] / documents
-            s = factors[name]["gradient"][0][: site.out_features] / documents
+        for name, whole in jhessians.unpack(fold, problem, factors).items():
+            a, s = whole["activation"] / documents, whole["gradient"] / documents
             (lambda_a, q_a), (lambda_s, q_s) = jnp.linalg.eigh(a), jnp.linalg.eigh(s)
             kernel, bias = gradient[name]["kernel"], gradient[name]["bias"]
             direction = jhessians.inverse_vector_product(

@@ -64,7 +64,8 @@ def _entries(batch: Any) -> list[str]:
     """The names of what a batch holds, where it has names."""
     if isinstance(batch, Mapping):
         return [name for name in batch if isinstance(name, str)]
-    return list(getattr(batch, "_fields", None) or getattr(batch, "__dict__", ()))
+    names: Any = getattr(batch, "_fields", None) or getattr(batch, "__dict__", ())
+    return [str(name) for name in names]
 
 
 @dataclass(frozen=True)

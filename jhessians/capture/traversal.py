@@ -160,11 +160,11 @@ def accumulate(
         if mesh is None:
             return local(*arguments)
         rows = row_specs(sites, statistics, mesh)
-        documents = P(axis_names(mesh))
+        by_document = P(axis_names(mesh))
         specs = (
             parameter_specs(state, mesh),
-            documents,
-            documents,
+            by_document,
+            by_document,
             rows,
             row_specs(sites, operands, mesh),
         )
@@ -212,5 +212,5 @@ def shaped_rows(
 
 
 def _context(fold: Fold | JointFold, mesh: Mesh | None) -> Context:
-    kind = DocumentContext if isinstance(fold, PerDocument) else Context
-    return kind() if mesh is None else kind(axes=axis_names(mesh), shards=mesh.size)
+    form = DocumentContext if isinstance(fold, PerDocument) else Context
+    return form() if mesh is None else form(axes=axis_names(mesh), shards=mesh.size)

@@ -9,6 +9,7 @@ import numpy as np
 
 from jhessians.capture.problem import Problem
 from jhessians.capture.sites import unshared
+from jhessians.fitting.counting import count
 from jhessians.fitting.eigenbases import (
     TermCounts,
     covariance_matrices,
@@ -16,30 +17,32 @@ from jhessians.fitting.eigenbases import (
     eigenvector_shapes,
 )
 from jhessians.fitting.factors import Kinds, correction_tensors, covariance_tensors, eigen_tensors
-from jhessians.fitting.passes import Pass
+from jhessians.fitting.passes import Pass, refuse_tracers
 from jhessians.fitting.reporting import Reporter, Silent
 from jhessians.folds.correction import EigenvalueCorrection
 from jhessians.folds.covariance import Covariance, FactorFold, routed_terms
 from jhessians.typing import PyTree
+
+NO_LINEARS = "there are no linears to fit; expected sites, as find_sites finds them in a model"
 
 
 def fit(
     problem: Problem,
     batches: Iterable[PyTree[np.ndarray]],
     *,
-    positions: int,
-    documents: int,
+    positions: int | None = None,
+    documents: int | None = None,
     method: FactorFold | None = None,
     correct_eigenvalues: bool = True,
     dtype: Any = jnp.float32,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Kronecker factors, in memory, of any model made with our `Linear`.
+    """Kronecker factors, in memory, of any model whose linears `find_sites` finds.
 
     Args:
         problem: Loss, model and linears.
         batches: Read once per pass: a list, not an iterator. With a mesh, this host's rows.
-        positions: How many positions count, over all batches.
-        documents: How many documents there are.
+        positions: How many positions count, over all batches and hosts; counted by default.
+        documents: How many documents there are, those in no batch included; counted by default.
         method: The fold that sums the factors; default KFAC's `Covariance`.
         correct_eigenvalues: Whether to make the second pass, which makes KFAC EKFAC.
         dtype: In which sums are kept and results returned.
@@ -52,16 +55,31 @@ def fit(
         document; `eigenvalue_correction` Λ [O, I'], per document.
 
     Raises:
-        TypeError: If `batches` is an iterator, which a second pass would find empty.
+        TypeError: If `batches` is an iterator, which a second pass would find empty, or this is
+            called inside a caller's own jit.
         ValueError: If there are no linears.
         NumericsError: If a loss or a covariance isn't finite.
     """
+    if isinstance(batches, Iterator):
+        raise TypeError("batches is an iterator; expected something to iterate twice, as a list")
+    fold = method or Covariance(jnp.dtype(dtype))
+    terms = None
+    if positions is None or documents is None or fold.unit != "position":
+        if not problem.sites:
+            raise ValueError(NO_LINEARS)
+        for batch in batches:
+            refuse_tracers(problem, batch)
+        counted = count(problem, batches)
+        terms = counted.terms(fold.unit) if positions is None or fold.unit != "position" else None
+        positions = counted.positions if positions is None else positions
+        documents = counted.documents if documents is None else documents
     stages = fit_stages(
         problem,
         batches,
         positions=positions,
         documents=documents,
-        method=method or Covariance(jnp.dtype(dtype)),
+        terms=terms,
+        method=fold,
         correct_eigenvalues=correct_eigenvalues,
         dtype=dtype,
     )
@@ -93,7 +111,7 @@ def fit_stages(
     if isinstance(batches, Iterator):
         raise TypeError("batches is an iterator; expected something to iterate twice, as a list")
     if not problem.sites:
-        raise ValueError("there are no linears to fit; expected some jhessians.Linear in the model")
+        raise ValueError(NO_LINEARS)
     progress = progress or Silent()
     dtype = jnp.dtype(dtype)
     if not method.shares_inputs:

@@ -146,6 +146,7 @@ class Pass:
         group: list[PyTree[np.ndarray]] = []
         size = 1  # a pass begins with one, to show soon how it goes on
         for batch in batches:
+            refuse_tracers(self.problem, batch)
             if group and (len(group) == size or _shapes(batch) != _shapes(group[0])):
                 yield group
                 size, group = self._batches_of_a_call(batch), []
@@ -197,6 +198,20 @@ def run_pass(
         NumericsError: If a batch's loss isn't finite.
     """
     return Pass(fold, problem, dtype=dtype).run(batches, operands=operands, advance=advance)
+
+
+def refuse_tracers(problem: Problem, batch: PyTree) -> None:
+    """Say what to call instead where a pass stands inside a caller's own `jit`.
+
+    Raises:
+        TypeError: If the model or the batch holds tracers.
+    """
+    leaves = jax.tree.leaves((nnx.state(problem.model), batch))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise TypeError(
+            "a pass over batches can't be traced, since it moves them from host to devices; inside "
+            "your own jax.jit call initialize, accumulate and unpack instead"
+        )
 
 
 def _shapes(batch: PyTree[np.ndarray]) -> list[tuple[int, ...]]:

@@ -15,7 +15,7 @@ import numpy as np
 from jhessians.capture.fold import Context, Fold
 from jhessians.capture.site import Site, Statistics
 from jhessians.devices.hosts import fetch
-from jhessians.linalg.symmetric import packed_gram, packed_shapes, packed_trace
+from jhessians.linalg.symmetric import packed_gram, packed_shapes, packed_trace, unpack_traced
 from jhessians.typing import Array, DTypeLike, Float, Int, PyTree
 
 
@@ -55,6 +55,12 @@ class Covariance:
 
     def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
         return statistics
+
+    def unpacked(
+        self, site: Site, own: dict[str, Any], of_input: dict[str, Any]
+    ) -> dict[str, Array]:
+        """Whole symmetric factors; see `jhessians.unpack`."""
+        return unpacked_factors(site, own, of_input)
 
     def _gram(self, x: Float[Array, "n s d"], context: Context) -> tuple[Array, ...]:
         counted = None if context.mask is None else context.mask.reshape(-1)
@@ -105,6 +111,15 @@ def factor_shapes(site: Site, dtype: DTypeLike) -> dict[str, tuple[jax.ShapeDtyp
 
     gradient = {"gradient": packed(site.out_features)}
     return {"activation": packed(site.inputs), **gradient} if site.owns_input else gradient
+
+
+def unpacked_factors(site: Site, own: dict[str, Any], of_input: dict[str, Any]) -> dict[str, Array]:
+    """Whole symmetric [I', I'] and [O, O]: the `unpacked` of every fold of factors."""
+    whole = {
+        "activation": unpack_traced(of_input["activation"], site.inputs),
+        "gradient": unpack_traced(own["gradient"], site.out_features),
+    }
+    return whole | {name: x for name, x in own.items() if name not in whole}
 
 
 def divide_activation_by_trace(sites: Mapping[str, Site], statistics: Statistics) -> Statistics:

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 
 from jhessians.capture.fold import Context
 from jhessians.capture.site import Site, Statistics
-from jhessians.folds.covariance import factor_shapes, masked, two_digits, with_ones
+from jhessians.folds.covariance import (
+    factor_shapes,
+    masked,
+    two_digits,
+    unpacked_factors,
+    with_ones,
+)
 from jhessians.linalg.symmetric import packed_gram
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
@@ -58,6 +64,12 @@ class ReducedCovariance:
 
     def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
         return statistics
+
+    def unpacked(
+        self, site: Site, own: dict[str, Any], of_input: dict[str, Any]
+    ) -> dict[str, Array]:
+        """Whole symmetric factors; see `jhessians.unpack`."""
+        return unpacked_factors(site, own, of_input)
 
     def _gram(self, x: Float[Array, "n d"], context: Context) -> tuple[Array, ...]:
         return packed_gram(x.astype(self.dtype), multiple=context.shards, dtype=self.dtype)

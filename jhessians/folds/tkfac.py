@@ -17,6 +17,7 @@ from jhessians.folds.covariance import (
     divide_activation_by_trace,
     factor_shapes,
     masked,
+    unpacked_factors,
     with_ones,
 )
 from jhessians.linalg.symmetric import packed_product
@@ -57,6 +58,12 @@ class TraceCovariance:
 
     def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
         return divide_activation_by_trace(sites, statistics) if self.normalize else statistics
+
+    def unpacked(
+        self, site: Site, own: dict[str, Any], of_input: dict[str, Any]
+    ) -> dict[str, Array]:
+        """Whole symmetric factors; see `jhessians.unpack`."""
+        return unpacked_factors(site, own, of_input)
 
 
 def _traces(x: Float[Array, "n s d"]) -> Float[Array, " n"]:

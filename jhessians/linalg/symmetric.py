@@ -87,6 +87,24 @@ def packed_trace(blocks: Sequence[Float[Array, "*stack _ _"]], d: int) -> Float[
     return jnp.stack(traces).sum(0)
 
 
+def unpack_traced(
+    blocks: Sequence[Float[Array, "*stack _ _"]], d: int
+) -> Float[Array, "*stack d d"]:
+    """`unpack` for arrays of JAX, under jit too, with any leading axes.
+
+    Args:
+        blocks: Without padded rows.
+        d: Rows of the whole matrix.
+
+    Returns:
+        The whole matrices, exactly symmetric.
+    """
+    full = jnp.zeros((*blocks[0].shape[:-2], d, d), blocks[0].dtype)
+    for (start, stop), block in zip(block_bounds(d), blocks, strict=True):
+        full = full.at[..., start:stop, start:].set(block)
+    return jnp.triu(full) + jnp.triu(full, 1).swapaxes(-1, -2)
+
+
 def unpack(blocks: Sequence[Array | np.ndarray], d: int) -> np.ndarray:
     """The whole symmetric matrix on the host, from blocks whose rows may be padded.
 

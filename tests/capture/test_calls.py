@@ -12,6 +12,7 @@ import jhessians
 from jhessians.capture.fold import Context
 from jhessians.folds.covariance import Covariance
 from jhessians.folds.gram import Gram, JointGram
+from jhessians.folds.reduced import ReducedCovariance
 from jhessians.folds.rows import GradientRows
 from jhessians.folds.second_moment import SecondMoment
 from jhessians.folds.shampoo import Shampoo
@@ -159,15 +160,30 @@ def grams(rows):
     return flat.T @ flat
 
 
-def covariance_pair(a, g):
-    return np.einsum("nsi,nsj->ij", a, a), np.einsum("nsi,nsj->ij", g, g)
+def covariance_pair(calls, mask):
+    """Sums of a aᵀ and of g gᵀ over documents, positions and calls."""
+    return tuple(
+        sum(np.einsum("ns,nsi,nsj->ij", mask, x, x) for x in side)
+        for side in zip(*calls, strict=True)
+    )
 
 
 def trace_pair(calls, mask):
     """TKFAC's sums, each document's covariances over the positions of both calls."""
-    a, g = (sum(np.einsum("ns,nsi,nsj->nij", mask, x, x) for x in each) for each in zip(*calls))
+    a, g = (
+        sum(np.einsum("ns,nsi,nsj->nij", mask, x, x) for x in side)
+        for side in zip(*calls, strict=True)
+    )
     trace = lambda x: np.trace(x, axis1=1, axis2=2)[:, None, None]  # noqa: E731
     return (a * trace(g)).sum(0), (g * trace(a)).sum(0)
+
+
+def reduced_pair(calls, mask):
+    """Each document's mean input and its summed gradient, over the positions of both calls."""
+    a, g = (sum(np.einsum("ns,nsi->ni", mask, x) for x in side) for side in
+            zip(*calls, strict=True))  # fmt: skip
+    a /= np.maximum(len(calls) * mask.sum(1), 1)[:, None]
+    return a.T @ a, g.T @ g
 
 
 FOLDS = {
@@ -183,12 +199,8 @@ FOLDS = {
         ),
     ),
     "tkfac": (TraceCovariance(), trace_pair),
-    "covariance": (
-        Covariance(),
-        lambda calls, mask: tuple(
-            sum(np.einsum("ns,nsi,nsj->ij", mask, x, x) for x in each) for each in zip(*calls)
-        ),
-    ),
+    "covariance": (Covariance(), covariance_pair),
+    "reduced": (ReducedCovariance(), reduced_pair),
     "second moment": (
         SecondMoment(),
         lambda calls, mask: np.square(per_document(calls, mask)[0]).sum(0),

@@ -132,7 +132,7 @@ def test_numbers_are_those_of_our_own_linear():
     batch, mask = data(), np.random.default_rng(1).random((N, S)) < 0.7
     found = []
     for linear in (nnx.Linear, jhessians.Linear):
-        model = small.fill(lambda: Ours(linear, nnx.Rngs(0)))
+        model = small.fill(lambda linear=linear: Ours(linear, nnx.Rngs(0)))
         sites = jhessians.find_sites(squares, model, batch, include_bias=True)
         problem = jhessians.Problem(squares, model, sites, mask=lambda batch: mask)
         fold = jhessians.Covariance()
