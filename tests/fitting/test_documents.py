@@ -58,8 +58,15 @@ def test_unpack_gives_whole_factors_inside_jit(devices):
     np.testing.assert_array_equal(found["activation"], found["activation"].T)
 
 
-@pytest.mark.parametrize("fold", [jhessians.Shampoo(), jhessians.EigenvalueCorrection(),
-                                  jhessians.SecondMoment(), jhessians.TraceCovariance()])  # fmt: skip
+@pytest.mark.parametrize(
+    "fold",
+    [
+        jhessians.Shampoo(),
+        jhessians.EigenvalueCorrection(),
+        jhessians.SecondMoment(),
+        jhessians.TraceCovariance(),
+    ],
+)
 def test_unpack_cuts_what_the_mesh_pads(fold):
     model, data = small.decoder(layers=2), small.documents(LENGTHS)
     loss = jhessians.NextTokenLoss("dataset")
