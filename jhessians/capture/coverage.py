@@ -3,8 +3,8 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from flax import nnx
 
@@ -35,7 +35,8 @@ class Parameter:
         return math.prod(self.shape)
 
 
-class PassedOver(NamedTuple):
+@dataclass(frozen=True)
+class PassedOver:
     """A parameter that no fold sees, or of which it sees some layers only.
 
     Attributes:
@@ -74,9 +75,10 @@ class Coverage:
         """The share, and then one line for each reason with all parameters that it holds for."""
         lines = [f"{100 * self.share:.1f} % of {self.total:,} parameters are recorded"]
         by_reason: dict[str, list[str]] = {}
-        for path, shape, reason, count in self.passed_over:
-            times = f"{count} x " if count > 1 else ""
-            by_reason.setdefault(reason, []).append(f"{path} ({times}{list(shape)})")
+        for each in self.passed_over:
+            times = f"{each.count} x " if each.count > 1 else ""
+            where = f"{each.path} ({times}{list(each.shape)})"
+            by_reason.setdefault(each.reason, []).append(where)
         return lines + [f"passed over, {why}: {', '.join(each)}" for why, each in by_reason.items()]
 
     def __str__(self) -> str:
@@ -146,16 +148,15 @@ def parameters_of(
             if weight.bias is not None:
                 linear[id(weight.bias)] = (name, True)
         for where, variable in held_parameters(owner, path):
-            name, is_bias = linear.get(id(variable), (None, False))
-            if name is None:
+            site, is_bias = linear.get(id(variable), (None, False))
+            if site is None:
                 reason = _reason(owner)
             else:
-                reason = "" if name in sites else reasons.get(name, _never_called(owner))
-            shape = tuple(variable.shape)
-            parameter = Parameter(where, shape, name, is_bias, reason)
+                reason = "" if site in sites else reasons.get(site, _never_called(owner))
+            parameter = Parameter(where, tuple(variable.shape), site, is_bias, reason)
             # A parameter that several modules hold is a linear's, if one of them is a linear.
             known = found.setdefault(id(variable), parameter)
-            if known.site is None and name is not None:
+            if known.site is None and site is not None:
                 found[id(variable)] = parameter
     return list(found.values())
 
@@ -198,8 +199,8 @@ def _grouped(passed_over: Iterable[PassedOver]) -> tuple[PassedOver, ...]:
     groups: dict[PassedOver, list[PassedOver]] = {}
     for each in passed_over:
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", each.path)
-        groups.setdefault(each._replace(path=pattern), []).append(each)
+        groups.setdefault(replace(each, path=pattern), []).append(each)
     return tuple(
-        each[0] if len(each) == 1 else pattern._replace(count=len(each))
+        each[0] if len(each) == 1 else replace(pattern, count=len(each))
         for pattern, each in groups.items()
     )

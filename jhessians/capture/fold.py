@@ -1,7 +1,8 @@
-"""What a fold sees, and what it gives: linears, the batch on its device, terms of a sum.
+"""What a fold is: a statistic that is summed over documents, computed at every linear.
 
 a: [document, position, in], a linear's input. g: [document, position, out], the loss gradient at
-its output.
+its output. Where one pass calls a linear several times, the positions of all its calls follow one
+another, so that a document's gradient is always Σ g aᵀ over its positions.
 """
 
 from collections.abc import Mapping
@@ -19,13 +20,13 @@ from jhessians.typing import Array, Float, PyTree, Shaped
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What a fold may know of the batch on its device.
+    """What a fold may know about the batch on its device, and about the mesh.
 
     Attributes:
         mask: The positions that count, [document, position]; None if all do.
         axes: The mesh axes that rows are sharded over; none on a single device.
-        shards: The product of their sizes.
-        weight: Of every term; the traversal multiplies by it.
+        shards: How many devices that is: the product of the axes' sizes.
+        weight: The factor by which the traversal multiplies every term.
     """
 
     mask: Any = None
@@ -55,24 +56,26 @@ class Context:
 
 @runtime_checkable
 class Fold(Protocol):
-    """A sum over documents of something that (a, g) give. One method, one file.
+    """A statistic that is a sum over documents, each term a function of a linear's (a, g).
 
-    A fold is a static argument of jit: make it a frozen dataclass.
+    A fold is a static argument of jit: make it a frozen dataclass. One whose term is a sum over
+    positions, without products of different positions, may set `adds_calls = True`: then a linear
+    that one pass calls several times adds a term for each call at once, which takes less memory.
     """
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
-        """The statistics of one linear. Every array has rows, which the mesh shards."""
+        """The shapes of one linear's statistics; the mesh shards each along its first axis."""
         ...
 
     def term(
         self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
     ) -> PyTree[Array]:
-        """What this device's documents add, in the structure of `shapes`.
+        """The sum over this device's documents, in the structure of `shapes`.
 
         Args:
             site: The linear.
-            a: [document, position, in], without the column of ones.
-            g: [document, position, out].
+            a: Its input, without the column of ones that stands for the bias.
+            g: The loss gradient at its output.
             operands: Arrays that belong to this linear, such as its eigenvectors, sharded by rows.
             context: Mask and mesh.
         """
@@ -81,32 +84,32 @@ class Fold(Protocol):
 
 @runtime_checkable
 class JointFold(Protocol):
-    """A fold to whose rows, one or more for each document, every linear adds its share.
+    """A fold with one statistic for all linears together, such as a Gram of documents' rows.
 
-    Its statistic is one for all linears: a function of the rows that are the sums of all shares,
-    such as their Gram. While a batch is on its way there are only the rows, and only those of the
-    device's own documents.
+    Each document has one or more rows, to which every linear adds its share during the backward
+    pass. Once all linears have, the rows give the batch's term. A device keeps the rows of its own
+    documents only.
 
     Attributes:
-        joint: The statistic's name.
+        joint: The name of the statistic.
     """
 
     joint: str
 
     def shapes(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """The statistic. Every array has rows, which the mesh shards."""
+        """The shapes of the statistic; the mesh shards each array along its first axis."""
         ...
 
     def row_shapes(self, documents: int, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
-        """The rows of a batch on one device."""
+        """The shapes of the rows of one device's part of a batch."""
         ...
 
     def term(
         self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
     ) -> PyTree[Array]:
-        """A linear's share of the rows; arguments as in `Fold.term`."""
+        """The share that a linear adds to the rows; arguments as in `Fold.term`."""
         ...
 
     def finish_rows(self, rows: PyTree[Array]) -> PyTree[Array]:
-        """What this device's documents add to the statistic."""
+        """The batch's term of the statistic, from the rows of this device's documents."""
         ...

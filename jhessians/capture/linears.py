@@ -74,12 +74,13 @@ def modules(
     seen.add(id(node))
     if isinstance(node, nnx.Module):
         yield prefix, node
+        stack: Any = node
         if isinstance(node, Tapped) and not node.frozen:
             if not inside_stacks:
                 return
             if node.scans:
                 path = f"{node.name or prefix}.{{layer}}"
-                yield from modules(node.blocks, path, inside_stacks=True, seen=seen)
+                yield from modules(stack.blocks, path, inside_stacks=True, seen=seen)
                 return
     for key, child in children(node):
         path = f"{prefix}.{key}" if prefix else str(key)
@@ -108,18 +109,18 @@ def tapped_modules(model: nnx.Module, prefix: str = "") -> Iterator[tuple[str, T
 
 def weights(module: nnx.Module, path: str) -> list[Weight]:
     """The matrices that `module` itself multiplies with, if it is a linear that we know."""
+    linear: Any = module
     if isinstance(module, Tapped):
         if module.scans or module.frozen or getattr(module, "kernel", None) is None:
             return []
-        own: Any = module
-        return [Weight(module.name or path + module.suffix, own.kernel, own.bias)]
+        return [Weight(module.name or path + module.suffix, linear.kernel, linear.bias)]
     if isinstance(module, nnx.Linear | nnx.LinearGeneral | nnx.Einsum):
         return [Weight(path or "linear", module.kernel, module.bias)]
     if type(module) in (nnx.LoRA, _RecordedLoRA):
         before = f"{path}." if path else ""
         return [
-            Weight(f"{before}lora_a", module.lora_a),
-            Weight(f"{before}lora_b", module.lora_b),
+            Weight(f"{before}lora_a", linear.lora_a),
+            Weight(f"{before}lora_b", linear.lora_b),
         ]
     return []
 
@@ -146,7 +147,7 @@ def attach(model: nnx.Module, tape: "Tape", prefix: str = "") -> None:
 
 def _listen(module: Any, tape: "Tape", weights: list[Weight]) -> None:
     """Have a linear of Flax show `tape` its products."""
-    if isinstance(module, nnx.LoRA):
+    if len(weights) == 2:  # it multiplies without a function that could be replaced
         object.__setattr__(module, "__class__", _RecordedLoRA)
         module.tape, module.weights = tape, tuple(weights)
         return

@@ -1,8 +1,8 @@
-"""Products of rows that are grouped by expert, and the grids in which folds see those rows.
+"""Products of rows that are grouped by expert, and how folds see an expert's rows by document.
 
-A mixture of experts routes every token to a few of its experts. The tokens' copies, one for each
-choice, are rows [row, feature], sorted by (expert, document, position), so that those of an expert,
-and within them those of a document, follow one another.
+A mixture of experts routes every token to a few of its experts. Each choice of an expert by a token
+makes one row, a copy of the token. Rows are sorted by expert, then by document, then by position:
+the rows of an expert are contiguous, and so are a document's rows among them.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,15 @@ from jhessians.typing import Array, Bool, Float, Int, PyTree
 
 
 class Routing(NamedTuple):
-    """Which expert reads which tokens; t counts them over the batch, document · S + position.
+    """Which expert reads which tokens.
+
+    The token at a position of a document has the number t = document · S + position. It makes k
+    choices, and the c-th of them has the number t · k + c.
 
     Attributes:
-        choice: Of every row, the choice that it is of: t · k + number among the token's k.
-        row: Of every choice, the row, [t, k].
-        counts: How many rows there are, [expert, document].
+        choice: The number of the choice that each row stands for.
+        row: The number of the row that stands for each choice, [t, k].
+        counts: How many rows each expert has from each document, [expert, document].
     """
 
     choice: Int[Array, " r"]
@@ -31,21 +34,21 @@ class Routing(NamedTuple):
 
     @property
     def token(self) -> Int[Array, " r"]:
-        """Of every row."""
+        """The number of the token that each row copies."""
         return self.choice // self.row.shape[1]
 
     @property
     def sizes(self) -> Int[Array, " e"]:
-        """Every expert's rows."""
+        """How many rows each expert has."""
         return self.counts.sum(1, dtype=jnp.int32)
 
 
 def route(choices: Int[Array, "n s k"], experts: int) -> Routing:
-    """The routing of a batch whose tokens have chosen.
+    """The routing that follows from the tokens' choices.
 
     Args:
-        choices: The experts of each token, all different.
-        experts: How many there are.
+        choices: The experts that each token chooses, all different.
+        experts: How many experts there are.
     """
     n, s, k = choices.shape
     flat = choices.reshape(-1)
@@ -60,7 +63,10 @@ def route(choices: Int[Array, "n s k"], experts: int) -> Routing:
 
 @jax.custom_vjp
 def dispatch(tokens: Float[Array, "t d"], routing: Routing) -> Float[Array, "r d"]:
-    """Every row's token. (Both ways it is a gather; JAX would make a scatter of one of them.)"""
+    """Copies of the tokens, one for each row.
+
+    The derivative is written out as a gather, too; JAX would make a slower scatter of it.
+    """
     return tokens[routing.token]
 
 
@@ -72,7 +78,7 @@ dispatch.defvjp(
 
 @jax.custom_vjp
 def collect(rows: Float[Array, "r d"], routing: Routing) -> Float[Array, "t k d"]:
-    """Every token's rows, in the order of its choices."""
+    """The rows of each token, in the order of its choices."""
     return rows[routing.row]
 
 
@@ -86,15 +92,15 @@ collect.defvjp(
 def grouped_product(
     x: Float[Array, "r i"], kernels: Float[Array, "e i o"], sizes: Int[Array, " e"]
 ) -> Float[Array, "r o"]:
-    """Each group's rows times the group's kernel.
+    """The rows of each group times the kernel of that group.
 
-    Blocks of rows, as many for each expert as it has. (`lax.ragged_dot` multiplies all rows with
-    all kernels on CPU: 16 experts took 8 times as long.)
+    A group's rows are multiplied in blocks of equal size. (`lax.ragged_dot` multiplies all rows
+    with all kernels on CPU: 16 experts took 8 times as long.)
 
     Args:
         x: Rows, group after group.
-        kernels: One for each group.
-        sizes: Rows of each group.
+        kernels: The kernel of each group.
+        sizes: How many rows each group has.
     """
     rows, size = x.shape[0], _block_rows(x.shape[0], len(kernels))
     x = jnp.pad(x, ((0, size), (0, 0)))
@@ -136,7 +142,7 @@ def _product_backward(residuals, g):
         zeros = jnp.zeros(kernels.shape[1:], kernels.dtype)
         return None, lax.fori_loop(0, -(-count // size), block, zeros)
 
-    # Never computed where the weights are constants, as in all of our passes.
+    # XLA drops this where the weights are constants, as they are in all of our passes.
     _, kernel_gradients = lax.scan(group, None, (_starts(sizes), sizes))
     return grouped_product(g, kernels.swapaxes(-1, -2), sizes), kernel_gradients, None
 
@@ -145,12 +151,12 @@ grouped_product.defvjp(_product_forward, _product_backward)
 
 
 def _starts(sizes: Int[Array, " e"]) -> Int[Array, " e"]:
-    """Where each group's rows begin. (JAX would widen sums where it has 64 bits.)"""
+    """The index of each group's first row; the type is given, or JAX might widen it to 64 bits."""
     return jnp.cumsum(sizes, dtype=sizes.dtype) - sizes
 
 
 def _block_rows(rows: int, groups: int) -> int:
-    """Rows of a block: about half of a group's, a power of two."""
+    """How many rows a block has: a power of two, about half of a mean group's rows."""
     return min(
         256, max(16, 1 << (rows // groups // 2).bit_length() - 1 if rows > 2 * groups else 0)
     )
@@ -162,17 +168,19 @@ Grid = Callable[[Int[Array, "n c"], Bool[Array, "n c"]], PyTree[Array]]
 def over_grid(
     compute: Grid, routing: Routing, expert: Array, *, positions: int, axes: Sequence[str]
 ) -> PyTree[Array]:
-    """`compute` of the grid in which each document has its rows for one expert.
+    """What `compute` returns for one expert's rows, arranged as a grid with a line per document.
 
-    The grid is as wide as the document with most rows needs, in powers of two: a branch for each,
-    chosen at run time, and zeros for an expert that nobody has chosen.
+    The grid must be as wide as the largest number of rows that a document has for the expert. That
+    is known at run time only, so there is one branch for each of a few widths, powers of two apart;
+    for an expert that no token has chosen, the result is zeros.
 
     Args:
-        compute: Of row numbers [document, column] and of which of them stand for a row.
-        routing: Of this device's documents.
-        expert: Which one.
-        positions: S, the width that is always enough.
-        axes: Mesh axes: all devices take the same branch, since `compute` may communicate.
+        compute: Takes row numbers [document, column], and a mask of the same shape that is false
+            where the grid has no row.
+        routing: The routing of this device's documents.
+        expert: The number of the expert.
+        positions: S, which no document's number of rows exceeds.
+        axes: The mesh axes; all devices take the same branch, because `compute` may communicate.
     """
     experts, documents = routing.counts.shape
     sizes = routing.counts.reshape(-1)

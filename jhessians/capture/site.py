@@ -1,4 +1,4 @@
-"""A site: a linear layer, or all linears of one name in a stack of layers."""
+"""A site: one linear layer, or all linears that have one name in a stack of layers."""
 
 import math
 from collections.abc import Mapping
@@ -8,30 +8,31 @@ from typing import Any
 import numpy as np
 
 Statistics = dict[str, Any]
-"""Site's name → the fold's pytree, whose arrays have a leading member axis in stacks."""
+"""Site's name → what the fold sums there; in stacks every array has a leading member axis."""
 
 Operands = Mapping[str, Mapping[str, Any]]
-"""Site's name → arrays by name that a fold reads there, such as eigenvectors."""
+"""Site's name → the arrays that a fold reads there, by name, such as eigenvectors."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer, or all of a stack's linears of one name, as a fold sees it.
+    """A linear layer, or all linears of one name in a stack of layers.
 
     A stack has a linear for each of its layers, or for each expert of each layer.
 
     Attributes:
-        name: Its name; `{layer}` and `{expert}` stand for numbers.
-        in_features: I.
-        out_features: O.
+        name: The name of the linear; in stacks `{layer}` and `{expert}` stand for numbers.
+        in_features: I, how many numbers the linear reads at a position.
+        out_features: O, how many it returns.
         use_bias: Whether it has a bias.
-        ones: Whether the bias counts as one more input, always one: I' = I + 1.
+        ones: Whether the bias counts as the weight of one more input that is always one, so that
+            there are I' = I + 1 inputs.
         stack: The stack's axes, each with its length, such as (("layer", 12), ("expert", 8));
             none outside a stack.
         members: Which of the stack's linears are recorded, ascending: indices into its axes
             flattened; None outside a stack.
-        input_site: The site that keeps what depends on the input alone: this one, or an earlier
-            one that reads the same array, as key and value do with query.
+        input_site: The name of the site that keeps the statistics of the input: this one, or an
+            earlier one that reads the same array, as key and value read what query reads.
         calls: How many times one pass calls each of its linears.
     """
 
@@ -52,11 +53,12 @@ class Site:
 
     @property
     def owns_input(self) -> bool:
+        """Whether this site keeps the statistics of its input itself."""
         return self.input_site == self.name
 
     @property
     def routed(self) -> bool:
-        """Whether its linears are experts, each of which reads some of the positions."""
+        """Whether its linears are experts' and so read only some of the positions."""
         return any(axis == "expert" for axis, _ in self.stack)
 
     @property
@@ -66,7 +68,7 @@ class Site:
 
     @property
     def slots(self) -> list[int | None]:
-        """Where its arrays' leading axis has each of its modules; None outside a stack."""
+        """The index of each of its modules on its arrays' leading axis; None outside a stack."""
         return [None] if self.members is None else list(range(len(self.members)))
 
     def module_names(self) -> list[str]:

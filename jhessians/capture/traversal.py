@@ -33,11 +33,11 @@ from jhessians.typing import Array, DTypeLike, Float, PyTree
 def initialize(
     fold: Fold | JointFold, problem: Problem, *, dtype: DTypeLike = jnp.float32
 ) -> Statistics:
-    """Sums of nothing: zeros for every site, their rows padded and sharded over the mesh.
+    """The statistics before the first batch: zeros, their rows padded and sharded over the mesh.
 
     Args:
         fold: What will be summed.
-        problem: Its sites and mesh; neither loss nor model is looked at.
+        problem: Gives the sites and the mesh; its loss and model are not used.
         dtype: Number format of the sums.
     """
     sites, mesh = problem.sites, problem.mesh
@@ -85,8 +85,9 @@ def accumulate(
         The new statistics, and the batch's loss, the mean over the draws of labels.
 
     Raises:
-        ValueError: If the loss returns another number of losses than the problem's draws, or a
-            joint fold gets no mask.
+        ValueError: If the loss returns another number of losses than the problem's draws, if it
+            calls other linears than it did when sites were found or calls them in a way that the
+            fold can't add up, or if a joint fold gets no mask.
         ConfigError: If the device doesn't multiply in the problem's precision.
     """
     sites, mesh, mask = problem.sites, problem.mesh, problem.mask(batch)
@@ -105,7 +106,7 @@ def accumulate(
             value = problem.loss(copy, batch)
             return value, tape.close()
 
-        # What goes through the linears and back: the running sums, or the rows of a joint fold.
+        # The linears add to the running sums, or to the rows of a joint fold.
         threaded = statistics
         if isinstance(fold, JointFold):
             threaded = {fold.joint: fold.row_shapes(*mask.shape)}
@@ -154,7 +155,8 @@ def accumulate(
 
 
 def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree[P]:
-    """How statistics and operands lie on the mesh: by rows, behind a stack's member axis."""
+    """The specs of statistics and operands: sharded by rows, the first axis or, in a stack, the
+    axis behind the member axis."""
     rows = axis_names(mesh)
 
     def specs(name: str, tree: PyTree) -> PyTree[P]:
@@ -165,7 +167,7 @@ def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) 
 
 
 def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree:
-    """The same as `NamedSharding`s."""
+    """The shardings that `row_specs` describes, as `NamedSharding`s."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         row_specs(sites, arrays, mesh),
@@ -176,7 +178,7 @@ def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Me
 def shaped_rows(
     sites: Mapping[str, Site], shapes: Mapping[str, Any], mesh: Mesh | None
 ) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes of statistics or operands together with how they lie on the mesh, if there is one."""
+    """Shapes of statistics or operands, with their shardings if there is a mesh."""
     if mesh is None:
         return shapes
     return jax.tree.map(

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from jhessians.capture.fold import Context
-from jhessians.capture.problem import Activations, Problem, keep_activations
 from jhessians.capture.linears import attach
+from jhessians.capture.problem import Activations, Problem, keep_activations
 from jhessians.capture.tape import Tape
 from jhessians.data.batching import BatchPlan
 from jhessians.folds.covariance import Covariance

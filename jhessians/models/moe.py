@@ -8,8 +8,8 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jhessians.capture.routing import Routing, collect, dispatch, route
 from jhessians.capture.linears import Tapped
+from jhessians.capture.routing import Routing, collect, dispatch, route
 from jhessians.capture.taps import product
 from jhessians.models.config import DecoderConfig, ExpertsConfig
 from jhessians.models.layers import PRODUCT, Linear, at_least_float32, per_feature

@@ -19,10 +19,10 @@ def of_documents(loss, model, batch):
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), parameters)
         rest = jax.tree.map(jnp.asarray, rest)
 
-        @jax.jit
-        def gradient(parameters, document):
-            return jax.grad(lambda p: loss(nnx.merge(graph, p, rest, copy=True), document))(parameters)
+        def total(parameters, document):
+            return loss(nnx.merge(graph, parameters, rest, copy=True), document)
 
+        gradient = jax.jit(jax.grad(total))
         count = len(jax.tree.leaves(batch)[0])
         documents = [
             jax.tree.map(lambda x, n=n: jnp.asarray(x[n : n + 1], jnp.float64), batch)

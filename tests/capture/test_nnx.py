@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen, nnx
+from flax import nnx
 
 import jhessians
-from jhessians.capture.products import Product
 from jhessians.folds.second_moment import SecondMoment
 from jhessians.linalg.symmetric import unpack
 from tests import small
@@ -132,7 +131,7 @@ def test_numbers_are_those_of_our_own_linear():
     batch, mask = data(), np.random.default_rng(1).random((N, S)) < 0.7
     found = []
     for linear in (nnx.Linear, jhessians.Linear):
-        model = small.fill(lambda: Ours(linear, nnx.Rngs(0)))
+        model = small.fill(lambda linear=linear: Ours(linear, nnx.Rngs(0)))
         sites = jhessians.find_sites(squares, model, batch, include_bias=True)
         problem = jhessians.Problem(squares, model, sites, mask=lambda batch: mask)
         fold = jhessians.Covariance()
@@ -176,173 +175,3 @@ def test_linears_of_flax_inside_a_stack():
     kernels = [each["stack"]["blocks"]["linear"]["kernel"] for each in documents]
     expected = sum(np.square(np.asarray(each).swapaxes(1, 2)) for each in kernels)
     assert relative_error(found["stack.{layer}.linear"], expected) < FACTORS
-
-
-class Holder(nnx.Module):
-    """A linear that is recorded, beside something that may not be."""
-
-    def __init__(self, other, rngs):
-        self.first = nnx.Linear(D, D, rngs=rngs)
-        self.other = other(rngs)
-
-    def __call__(self, x):
-        return self.other(jnp.tanh(self.first(x)))
-
-
-class Own(nnx.Linear):
-    """A linear that multiplies without what Flax's multiplies with."""
-
-    def __call__(self, inputs, out_sharding=None):
-        return inputs @ self.kernel[...]
-
-
-class Transformed(nnx.Module):
-    """A linear that is called inside a transformation."""
-
-    def __init__(self, transform, rngs):
-        self.linear = nnx.Linear(D, D, rngs=rngs)
-        self.transform = transform
-
-    def __call__(self, x):
-        return self.transform(self.linear)(x)
-
-
-class Scanned(nnx.Module):
-    """Layers that `nnx.vmap` made and `nnx.scan` runs."""
-
-    def __init__(self, rngs):
-        self.layers = nnx.vmap(lambda r: nnx.Linear(D, D, rngs=r))(rngs.split(3))
-
-    def __call__(self, x):
-        def step(x, layer):
-            return jnp.tanh(layer(x))
-
-        return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
-
-
-class Flattened(nnx.Module):
-    def __init__(self, rngs):
-        self.linear = nnx.Linear(D, D, rngs=rngs)
-
-    def __call__(self, x):
-        return self.linear(x.reshape(-1, D))
-
-
-class AlongDocuments(nnx.Module):
-    """Two linears that can't be told by one document alone."""
-
-    def __init__(self, rngs):
-        self.each = nnx.LinearGeneral(D, D, batch_axis={0: N}, rngs=rngs)
-        self.mixed = nnx.LinearGeneral(N, N, axis=0, rngs=rngs)
-
-    def __call__(self, x):
-        return self.mixed(self.each(x))
-
-
-def test_kernels_along_the_axis_of_documents_are_listed():
-    sites = jhessians.find_sites(
-        squares, Holder(AlongDocuments, nnx.Rngs(0)), data()
-    )
-    assert list(sites) == ["first"]
-    reasons = {each.path: each.reason for each in sites.passed_over}
-    assert "a kernel of its own" in reasons["other.each.kernel"]
-    assert "the documents, is not kept in place" in reasons["other.mixed.kernel"]
-
-
-def einsum(equation, shape):
-    return lambda rngs: nnx.Einsum(equation, shape, rngs=rngs)
-
-
-NOT_RECORDED = {
-    "convolution": (lambda r: nnx.Conv(D, D, (3,), rngs=r), "Conv, which is not a linear"),
-    "own product": (lambda r: Own(D, D, rngs=r), "Own, which the loss never calls or which"),
-    "kernel per position": (einsum("nsi,sio->nso", (S, D, D)), "a kernel of its own"),
-    "outer product": (einsum("nsi,ij->nsij", (D, 2)), "a kernel of its own"),
-    "sum over positions": (einsum("nsi,io->no", (D, D)), "an axis that only one"),
-    "documents not first": (einsum("nsi,io->sno", (D, D)), "the documents, is not kept in place"),
-    "vmap": (lambda r: Transformed(jax.vmap, r), "inside jit, scan, vmap"),
-    "jit": (lambda r: Transformed(jax.jit, r), "inside jit, scan, vmap"),
-    "checkpoint": (lambda r: Transformed(jax.checkpoint, r), "inside jit, scan, vmap"),
-    "nnx.scan": (Scanned, "inside jit, scan, vmap"),
-    "flattened": (Flattened, "documents as its first axis"),
-    "linen": (
-        lambda r: nnx.bridge.ToNNX(linen.Dense(D), rngs=r).lazy_init(np.zeros((N, S, D), "f4")),
-        "flax.linen module",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", NOT_RECORDED)
-def test_what_cannot_be_recorded_is_listed_with_the_reason(kind):
-    create, reason = NOT_RECORDED[kind]
-    model, batch = Holder(create, nnx.Rngs(0)), data()
-    sites = jhessians.find_sites(squares, model, batch)
-    assert list(sites) == ["first"]
-    here = [each for each in sites.passed_over if each.path.startswith("other")]
-    assert here and all(reason in each.reason for each in here), sites.coverage.lines()
-    assert sum(np.prod(each.shape) for each in here) == sum(
-        x.size for x in jax.tree.leaves(nnx.state(model.other, nnx.Param))
-    )
-    assert "passed over, " in str(sites.coverage) and reason in str(sites.coverage)
-    # What is recorded is right all the same, in a pass that runs through what is not.
-    documents = gradients.of_documents(squares, model, batch)
-    _, found = second_moments(squares, model, batch)
-    assert relative_error(found["first"], expected_moment(documents, "first")) < FACTORS
-
-    with pytest.raises(ValueError, match="the loss calls no linear of .* that can be recorded"):
-        jhessians.find_sites(lambda model, batch: squares(model.other, batch), model, batch)
-
-
-def test_a_linear_that_only_the_pass_calls_inside_a_transformation_is_refused():
-    model, batch = Ours(nnx.Linear, nnx.Rngs(0)), data()
-    sites = jhessians.find_sites(squares, model, batch)
-    fold = SecondMoment()
-    for loss, message in (
-        (lambda model, batch: jax.jit(squares)(model, batch), "first can't be recorded: it is"),
-        (lambda model, batch: squares(model.first, batch), "the loss never calls second"),
-        (lambda model, batch: jnp.sum(batch), "the loss never calls first"),
-    ):
-        problem = jhessians.Problem(loss, model, sites)
-        with pytest.raises(ValueError, match=message):
-            jhessians.accumulate(fold, problem, batch, jhessians.initialize(fold, problem))
-
-
-def test_a_loss_without_linears_says_so():
-    model, batch = Ours(nnx.Linear, nnx.Rngs(0)), data()
-    with pytest.raises(ValueError, match="calls no linear of Ours .*which|that the loss never"):
-        jhessians.find_sites(lambda model, batch: jnp.sum(batch), model, batch)
-    with pytest.raises(ValueError, match="of Conv, which is not a linear; expected jhessians"):
-        model = nnx.Conv(D, D, (3,), rngs=nnx.Rngs(0))
-        jhessians.find_sites(squares, model, batch)
-
-
-@pytest.mark.parametrize(
-    "equation, x_axes, kernel_axes, plain",
-    [
-        ("nta,hab->nthb", 3, 3, True),
-        ("...ab,abc->...c", 4, 3, True),
-        ("nta,hab->nbth", 3, 3, True),
-        ("nab,ba->n", 3, 2, True),
-        ("nta,a...->nt...", 3, 2, False),
-        ("naa,ab->nb", 3, 2, False),
-        ("nta,ab->ntab", 3, 2, False),
-        ("nta,abc->ntb", 3, 3, False),
-    ],
-)
-def test_einsums_that_are_linear_layers(equation, x_axes, kernel_axes, plain):
-    random = np.random.default_rng(0)
-    product = Product.of_einsum(equation, x_axes)
-    sizes = dict(zip(product.x, (2, 3, 4, 5), strict=False))
-    x = random.standard_normal([sizes[each] for each in product.x]).astype(np.float32)
-    if not plain:
-        assert product.obstacle(x.shape, [2] * kernel_axes)
-        return
-    kernel = random.standard_normal([sizes.get(each, 7) for each in product.kernel])
-    kernel = kernel.astype(np.float32)
-    y = np.einsum(equation, x, kernel)
-    assert product.obstacle(x.shape, kernel.shape) is None
-    a, flat = product.flat_input(jnp.asarray(x)), product.flat_output(jnp.asarray(y))
-    order = product.inputs + product.outputs
-    matrix = kernel.transpose([product.kernel.index(each) for each in order])
-    assert relative_error(a @ matrix.reshape(a.shape[-1], -1), flat) < INVARIANCE
-    assert (product.restored_output(flat, jnp.asarray(y)) == y).all()

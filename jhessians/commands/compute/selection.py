@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 
+from jhessians.capture.coverage import Sites
 from jhessians.capture.site import Site
 from jhessians.capture.sites import restrict
 from jhessians.commands.compute.config import ComputeConfig
@@ -15,7 +16,7 @@ def select_sites(
     config: ComputeConfig,
     base_prefix: str,
     note: Callable[[str], None] = lambda line: None,
-) -> dict[str, Site]:
+) -> Sites:
     """The sites that the options take in.
 
     Args:
@@ -62,7 +63,7 @@ def _with_experts(
     patterns: list[str],
     base_prefix: str,
     note: Callable[[str], None],
-) -> dict[str, Site]:
+) -> Sites:
     """All sites but those of experts in layers that no pattern matches."""
     layers: dict[str, str] = {}  # of an expert's linear, the layer's experts as the patterns say
     for site in sites.values():
