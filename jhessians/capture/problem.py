@@ -1,4 +1,4 @@
-"""What is differentiated: a loss of a model, the linears that are recorded, and the devices."""
+"""The problem that passes share: a loss, a model, the linears to record, and the devices."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +14,9 @@ from jhessians.devices.precision import HIGHEST
 from jhessians.typing import Array, Bool, Float
 
 Loss = Callable[[Any, Any], Float[Array, "..."]]
-"""loss(model, batch), a *sum* over documents, whose gradient at every linear is what folds see."""
+"""loss(model, batch): a *sum* over documents, or a vector of such sums, one for each draw.
+
+Folds see its gradients at the linears' outputs."""
 
 Activations = Literal["store", "recompute"]
 """Whether the layers of a stack keep their matrix products for the backward pass."""
@@ -82,7 +84,8 @@ class Problem:
             device that the batches are on.
         draws: How many losses `loss` returns, over which statistics are averaged.
         matmul_precision: How float32 numbers are multiplied (`jhessians.devices.precision`).
-        activations: What stacks of layers do about the backward pass; None leaves each as it is.
+        activations: Whether stacks keep their matrix products for the backward pass or compute
+            them again; None leaves each stack as it is.
     """
 
     loss: Loss
@@ -100,11 +103,11 @@ class Problem:
         return jax.process_count() if self.mesh else 1
 
     def of(self, model: nnx.Module) -> "Problem":
-        """The same problem of other weights, such as those that a caller's own `jit` is given."""
+        """The same problem with another model, such as one merged inside a caller's own `jit`."""
         return replace(self, model=model)
 
 
 def keep_activations(model: nnx.Module, activations: Activations | None) -> None:
-    """Have every stack of `model`, a copy that was merged for one trace, store or recompute."""
+    """Set in every stack of `model`, a copy made for one trace, what it does with its products."""
     if activations is not None:
         model.set_attributes(save_products=activations == "store", raise_if_not_found=False)

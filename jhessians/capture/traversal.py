@@ -35,7 +35,7 @@ from jhessians.typing import Array, DTypeLike, Float, PyTree
 def initialize(
     fold: Fold | JointFold, problem: Problem, *, dtype: DTypeLike | None = None
 ) -> Statistics:
-    """Sums of nothing: zeros for every site, their rows padded and sharded over the mesh.
+    """The statistics before the first batch: zeros, their rows padded and sharded over the mesh.
 
     Args:
         fold: What will be summed.
@@ -98,9 +98,10 @@ def accumulate(
     Raises:
         FoldError: If a term has another shape than the fold's `shapes` says, an operand is missing,
             or the statistics are those of another fold or of other linears.
-        ValueError: If the loss returns another number of losses than the problem's draws, a joint
-            fold gets no mask, the mask isn't [document, position], the documents can't be divided
-            among the devices, or there are no linears.
+        ValueError: If the loss returns another number of losses than the problem's draws, calls
+            other linears than it did when sites were found, or calls them in a way that the fold
+            can't add up; if a joint fold gets no mask, the mask isn't [document, position], the
+            documents can't be divided among the devices, or there are no linears.
         ConfigError: If the device doesn't multiply in the problem's precision.
     """
     sites, mesh, mask = problem.sites, problem.mesh, problem.mask(batch)
@@ -130,7 +131,7 @@ def accumulate(
             value = problem.loss(copy, batch)
             return value, tape.close()
 
-        # What goes through the linears and back: the running sums, or the rows of a joint fold.
+        # The linears add to the running sums, or to the rows of a joint fold.
         threaded = statistics
         if isinstance(fold, JointFold):
             threaded = {fold.joint: fold.row_shapes(*mask.shape)}
@@ -179,7 +180,8 @@ def accumulate(
 
 
 def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree[P]:
-    """How statistics and operands lie on the mesh: by rows, behind a stack's member axis."""
+    """The specs of statistics and operands: sharded by rows, the first axis or, in a stack, the
+    axis behind the member axis."""
     rows = axis_names(mesh)
 
     def specs(name: str, tree: PyTree) -> PyTree[P]:
@@ -190,7 +192,7 @@ def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) 
 
 
 def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree:
-    """The same as `NamedSharding`s."""
+    """The shardings that `row_specs` describes, as `NamedSharding`s."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         row_specs(sites, arrays, mesh),
@@ -201,7 +203,7 @@ def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Me
 def shaped_rows(
     sites: Mapping[str, Site], shapes: Mapping[str, Any], mesh: Mesh | None
 ) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes of statistics or operands together with how they lie on the mesh, if there is one."""
+    """Shapes of statistics or operands, with their shardings if there is a mesh."""
     if mesh is None:
         return shapes
     return jax.tree.map(
