@@ -20,9 +20,7 @@ from jhessians.models.config import DecoderConfig
 
 
 def decoder_config(config: Any) -> DecoderConfig:
-    """transformers' Exaone4Config, read by ours: where some layers have windows, only those
-    rotate.
-    """
+    """Read transformers' Exaone4Config: where some layers have windows, only those rotate."""
     sizes = windows(config)
     return decoder(
         config,

@@ -1,5 +1,7 @@
-"""A model's files: a local folder, or a snapshot on the Hugging Face Hub of which we take the
-files that we need, one after the other. An adapter's lie beside those of its base model.
+"""A model's files: a local folder, or a snapshot on the Hugging Face Hub.
+
+Of a snapshot we take the files that we need, one after the other. An adapter's lie beside those of
+its base model.
 """
 
 from dataclasses import dataclass, replace

@@ -19,8 +19,12 @@ from jhessians.models.config import DecoderConfig
 
 
 def decoder_config(config: Any) -> DecoderConfig:
-    """transformers' SmolLM3Config, read by ours. Despite its name `no_rope_layers` marks by 1 the
-    layers that have rope.
+    """Read transformers' SmolLM3Config.
+
+    Despite its name `no_rope_layers` marks by 1 the layers that have rope.
+
+    Raises:
+        CheckpointError: If there isn't one mark for each layer.
     """
     rotated, layers = config.no_rope_layers, config.num_hidden_layers
     if len(rotated) != layers:

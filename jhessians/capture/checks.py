@@ -128,7 +128,7 @@ def _check_shapes(where: str, shapes: PyTree) -> None:
             raise FoldError(f"{where} has numbers of type {leaf.dtype}; expected a floating type")
 
 
-class _Operands(dict):
+class _Operands(dict[str, Any]):
     """The operands of a linear, which say what is missing."""
 
     def __init__(self, operands: Mapping[str, Any], where: str):

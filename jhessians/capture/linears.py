@@ -50,8 +50,8 @@ class Weight:
     """
 
     name: str
-    kernel: nnx.Variable
-    bias: nnx.Variable | None = None
+    kernel: nnx.Variable[Array]
+    bias: nnx.Variable[Array] | None = None
 
 
 def modules(

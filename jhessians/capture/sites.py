@@ -88,7 +88,7 @@ def find_sites(
 def restrict(sites: Mapping[str, Site], select: Callable[[str], bool]) -> Sites:
     """The sites, and of stacks the members, whose full module names `select` accepts."""
     kept: dict[str, Site] = {}
-    owners: dict[tuple, str] = {}
+    owners: dict[tuple[Any, ...], str] = {}
     for site in sites.values():
         chosen = [slot for slot, module in zip(site.slots, site.module_names(), strict=True)
                   if select(module)]  # fmt: skip

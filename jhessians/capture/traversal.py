@@ -180,8 +180,10 @@ def accumulate(
 
 
 def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree[P]:
-    """The specs of statistics and operands: sharded by rows, the first axis or, in a stack, the
-    axis behind the member axis."""
+    """The specs of statistics and operands, which are sharded by rows.
+
+    Rows are the first axis or, in a stack, the axis behind the member axis.
+    """
     rows = axis_names(mesh)
 
     def specs(name: str, tree: PyTree) -> PyTree[P]:

@@ -76,6 +76,7 @@ def build_parser(command: Command) -> Parser:
 
 
 def add_options(parser: Parser, config_class: type) -> None:
+    """Give a parser the options of a config, in their groups."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for each in options_of(config_class):
         group = groups.setdefault(each.group, parser.add_argument_group(each.group))

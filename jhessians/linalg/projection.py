@@ -235,7 +235,9 @@ def project_global(
     if not tokens:
         u, v = u.reshape(n, s * terms, -1), v.reshape(n, s * terms, inputs)
 
-    def step(totals: tuple[Array, Array], chunk: dict[str, Array]) -> tuple[tuple, None]:
+    def step(
+        totals: tuple[Array, Array], chunk: dict[str, Array]
+    ) -> tuple[tuple[Array, Array], None]:
         total, squares = totals
         entries = random_entries(
             keys[chunk["block"]],

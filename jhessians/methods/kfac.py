@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def fold(options: NoOptions, dtype: np.dtype) -> FactorFold:
+    """The fold of `kfac`."""
     from jhessians.folds.covariance import Covariance
 
     return Covariance(dtype)

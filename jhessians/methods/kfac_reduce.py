@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def fold(options: NoOptions, dtype: np.dtype) -> FactorFold:
+    """The fold of `kfac_reduce`."""
     from jhessians.folds.reduced import ReducedCovariance
 
     return ReducedCovariance(dtype)

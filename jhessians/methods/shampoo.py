@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def fold(options: NoOptions, dtype: np.dtype) -> FactorFold:
+    """The fold of `shampoo`."""
     from jhessians.folds.shampoo import Shampoo
 
     return Shampoo(dtype)

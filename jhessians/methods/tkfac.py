@@ -31,6 +31,7 @@ class TKFACOptions:
 
 
 def fold(options: TKFACOptions, dtype: np.dtype) -> FactorFold:
+    """The fold of `tkfac`."""
     from jhessians.folds.tkfac import TraceCovariance
 
     return TraceCovariance(dtype, options.normalize_trace)

@@ -123,7 +123,8 @@ class Attention(nnx.Module):
     def __call__(
         self, h: Float[Array, "n s d"], positions: Positions, layer: Layer
     ) -> Float[Array, "n s d"]:
-        """
+        """What the layer adds to the residual stream.
+
         Args:
             h: What the projections read.
             positions: Of the batch.

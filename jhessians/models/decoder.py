@@ -39,7 +39,8 @@ class Block(nnx.Module):
     def __call__(
         self, h: Float[Array, "n s d"], positions: Positions, *layer: Array
     ) -> Float[Array, "n s d"]:
-        """
+        """The residual stream behind the block.
+
         Args:
             h: Residual stream.
             positions: Of the batch.

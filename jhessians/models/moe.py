@@ -1,5 +1,7 @@
-"""Mixture of experts: a router sends every token to a few of many MLPs (Shazeer et al. 2017,
-arXiv:1701.06538), beside which there may be one that all tokens share (arXiv:2401.06066).
+"""Mixture of experts: a router sends every token to a few of many MLPs.
+
+Shazeer et al. 2017, arXiv:1701.06538; beside them there may be one that all tokens share,
+arXiv:2401.06066.
 """
 
 import jax
