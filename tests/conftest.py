@@ -13,9 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-from tests.checking import PACKAGES  # noqa: E402
+from tests.checking import HOOKED  # noqa: E402
 
-hook = install_import_hook(PACKAGES, "tests.checking.checked")
+hook = install_import_hook(HOOKED, "tests.checking.checked")
 
 import jax  # noqa: E402
 

@@ -7,16 +7,13 @@ shows the tape input and output. The caller's model is never changed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flax import nnx
 from jax import lax
 
 from jhessians.capture.products import Product
 from jhessians.typing import Array
-
-if TYPE_CHECKING:
-    from jhessians.capture.tape import Tape
 
 
 class Tapped(nnx.Module):
@@ -125,7 +122,7 @@ def weights(module: nnx.Module, path: str) -> list[Weight]:
     return []
 
 
-def attach(model: nnx.Module, tape: "Tape", prefix: str = "") -> None:
+def attach(model: nnx.Module, tape: Any, prefix: str = "") -> None:
     """Let `tape` listen to `model`, a copy that was merged for this trace and dies with it.
 
     Linears that share one parameter share the name of the first of them: they are one site, called
@@ -145,7 +142,7 @@ def attach(model: nnx.Module, tape: "Tape", prefix: str = "") -> None:
             _listen(module, tape, shared)
 
 
-def _listen(module: Any, tape: "Tape", weights: list[Weight]) -> None:
+def _listen(module: Any, tape: Any, weights: list[Weight]) -> None:
     """Have a linear of Flax show `tape` its products."""
     if len(weights) == 2:  # it multiplies without a function that could be replaced
         object.__setattr__(module, "__class__", _RecordedLoRA)
