@@ -1,6 +1,7 @@
 """The checker that `conftest.py` puts on every function and dataclass of both packages."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable
 
 from beartype import BeartypeConf, beartype
@@ -9,8 +10,8 @@ PACKAGES = ["jhessians", "converters"]
 
 SHAPED = re.compile(r"\b(Float|Int|UInt|Bool|Shaped|Num|Inexact|Key)\d*\[")
 
-CHECKED: set[tuple[str, str]] = set()
-"""Module and name of every function that is checked."""
+CHECKED: dict[tuple[str, str], set[str]] = defaultdict(set)
+"""Module and function → those of its arguments (or `return`) whose shape is checked."""
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for mypy
 
@@ -19,9 +20,12 @@ def checked(function: Callable) -> Callable:
     """Check arguments and result of a function with a shape in its annotations, at every call.
 
     Others are left to mypy: some check what they are given themselves and say it in one line.
+    jaxtyping makes `Any` of an annotation with a name that its module lacks at run time, such as
+    one imported for type checkers alone; `test_checking.py` finds a shape among those.
     """
-    annotations = getattr(function, "__annotations__", {}).values()
-    if not any(SHAPED.search(str(each)) for each in annotations):
+    annotations = getattr(function, "__annotations__", {})
+    shaped = {name for name, each in annotations.items() if SHAPED.search(str(each))}
+    if not shaped:
         return function
-    CHECKED.add((function.__module__, function.__name__))
+    CHECKED[function.__module__, function.__qualname__] |= shaped
     return _check(function)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from jhessians.errors import CheckpointError
 from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
@@ -22,8 +21,10 @@ LEGACY_NAMES = {
     EIGEN_FILE: "preconditioners_eigen.pth",
 }
 
-Matrix = Float[np.ndarray | Array, "d d"]
-EigenPair = tuple[Float[np.ndarray | Array, " d"], Matrix]
+# [d, d], and [d] with [d, d]. d differs from module to module, so it isn't in the type: `misshapen`
+# checks it, and says in one line what is wrong.
+Matrix = np.ndarray | Array
+EigenPair = tuple[np.ndarray | Array, Matrix]
 
 
 def read_hessians(path: Path) -> tuple[dict[str, Matrix], dict[str, EigenPair]]:
