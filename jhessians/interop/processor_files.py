@@ -30,6 +30,10 @@ EigenPair = tuple[np.ndarray | Array, Matrix]
 def read_hessians(path: Path) -> tuple[dict[str, Matrix], dict[str, EigenPair]]:
     """Hessians and eigenpairs by module, under the new names or the old ones.
 
+    Returns:
+        Two tables of arrays: [d, d], and ([d], [d, d]); the second may lack what older versions
+            lack.
+
     Raises:
         CheckpointError: If a file is missing, damaged, or holds something else.
     """
@@ -38,6 +42,9 @@ def read_hessians(path: Path) -> tuple[dict[str, Matrix], dict[str, EigenPair]]:
 
 def open_hessians(path: Path) -> tuple[dict[str, LazyTensor], dict[str, tuple[LazyTensor, ...]]]:
     """Like `read_hessians`, but every matrix stays on the disk until it is read.
+
+    Returns:
+        The same two tables, of tensors that know their shape and dtype.
 
     Raises:
         CheckpointError: If a file is missing, damaged, or holds something else or wrong shapes.
@@ -115,6 +122,9 @@ def normalizer_state(normalizer: Normalizer) -> dict[str, Any]:
 
 def read_normalizers(path: Path) -> dict[str, Normalizer]:
     """Normalizers by module; none of them is checked against a model.
+
+    Returns:
+        Module → Adam's or Adafactor's second moments, as float arrays.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or holds something else.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def fold(options: NoOptions, dtype: np.dtype) -> FactorFold:
+    """The covariances of means and sums over each document."""
     from jhessians.folds.reduced import ReducedCovariance
 
     return ReducedCovariance(dtype)
