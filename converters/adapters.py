@@ -62,6 +62,9 @@ class Adapter:
 def open_adapter(source: Source) -> Adapter:
     """Check an adapter's settings, download its weights if need be, and open them.
 
+    Returns:
+        Settings and tensors; a tensor is read when it is asked for.
+
     Raises:
         CheckpointError: If it isn't a plain LoRA adapter, or isn't whole.
     """

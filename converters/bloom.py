@@ -8,10 +8,8 @@ from jhessians.models.config import AlibiConfig, DecoderConfig, NormConfig
 
 
 def decoder_config(config: Any) -> DecoderConfig:
-    """transformers' BloomConfig, read by ours.
-
-    ALiBi knows no longest document; `seq_length` is what the checkpoints say they were trained on.
-    """
+    """transformers' BloomConfig, read by ours."""
+    # ALiBi knows no longest document; the checkpoints were trained on `seq_length`, they say.
     return decoder(
         config,
         norm=NormConfig("layer", config.layer_norm_epsilon, bias=True),

@@ -84,6 +84,9 @@ def decoder(
         mlp: Fields of `MLPConfig`; by default gated and with the config's activation.
         changes: Further fields of `DecoderConfig`.
 
+    Returns:
+        Llama's decoder but for what the arguments change.
+
     Raises:
         CheckpointError: If the decoder doesn't have the activation.
     """
@@ -140,6 +143,9 @@ def experts(
         mlp: Further fields of the experts' `MLPConfig`.
         changes: Further fields of `ExpertsConfig`.
 
+    Returns:
+        The experts' number, how many of them a token takes, and their MLP.
+
     Raises:
         CheckpointError: If the decoder doesn't have the activation, or a token takes more experts
             than there are.
@@ -163,6 +169,9 @@ def same_window(config: Any) -> tuple[int | None, ...]:
 
 def windows(config: Any) -> tuple[int | None, ...]:
     """The layers' windows, as `layer_types` has them; empty if no layer has one.
+
+    Returns:
+        Per layer how many positions back a query sees; None where it sees all.
 
     Raises:
         CheckpointError: If a layer is of another type, or its window isn't given.

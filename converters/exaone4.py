@@ -20,8 +20,8 @@ from jhessians.models.config import DecoderConfig
 
 
 def decoder_config(config: Any) -> DecoderConfig:
-    """Read transformers' Exaone4Config: where some layers have windows, only those rotate."""
-    sizes = windows(config)
+    """transformers' Exaone4Config, read by ours."""
+    sizes = windows(config)  # where some layers have windows, only those rotate
     return decoder(
         config,
         norm=rms(config, wide_scale=False),

@@ -13,6 +13,10 @@ from jhessians.models.config import AlibiConfig, DecoderConfig, NormConfig
 def residual(config: Any) -> str:
     """Where attention and MLP read.
 
+    Returns:
+        `sequential`: the MLP reads what attention made; `parallel`: either has its norm; `shared`:
+            both read one norm's output.
+
     Raises:
         CheckpointError: If the settings contradict each other; transformers breaks on those too.
     """

@@ -67,6 +67,9 @@ class FlaxCheckpoint:
         Args:
             wanted: Shape, dtype and sharding by path, of all parameters.
 
+        Returns:
+            The parameters by path, in the dtypes and shardings wanted.
+
         Raises:
             CheckpointError: If parameters are missing, left over or of another shape, or the files
                 are damaged.
@@ -109,6 +112,9 @@ class FlaxCheckpoint:
 def is_flax(folder: Path) -> bool:
     """Whether a folder is one of these, or what is left of one.
 
+    Returns:
+        True also where one of the two parts is missing: `open_flax` says which.
+
     Raises:
         CheckpointError: If it is an Orbax checkpoint and nothing more.
     """
@@ -126,6 +132,9 @@ def open_flax(folder: Path, model_type: str) -> FlaxCheckpoint:
     Args:
         folder: One for which `is_flax` holds.
         model_type: What its config.json says.
+
+    Returns:
+        Its parameters by path, with shapes and dtypes.
 
     Raises:
         CheckpointError: If it isn't complete, of another version or another model.

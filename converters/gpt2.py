@@ -8,11 +8,9 @@ from jhessians.models.config import DecoderConfig, NormConfig
 
 
 def decoder_config(config: Any) -> DecoderConfig:
-    """transformers' GPT2Config, read by ours.
-
-    `reorder_and_upcast_attn` needs no counterpart: it moves a factor and widens the softmax, which
-    is at least float32 here in any case.
-    """
+    """transformers' GPT2Config, read by ours."""
+    # `reorder_and_upcast_attn` needs no counterpart: it moves a factor and widens the softmax,
+    # which is at least float32 here in any case.
     scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
     by_layer = config.scale_attn_by_inverse_layer_idx
     return decoder(

@@ -20,10 +20,8 @@ from jhessians.models.config import DecoderConfig
 
 
 def decoder_config(config: Any) -> DecoderConfig:
-    """transformers' GptOssConfig, read by ours.
-
-    An expert's gate sigmoid(1.702 gate), gate and up taking turns, is bounded, and up is 1 too low.
-    """
+    """transformers' GptOssConfig, read by ours."""
+    # An expert's gate sigmoid(1.702 gate) is bounded, and up is 1 too low; gate and up take turns.
     gated = {
         "activation": "quick_gelu",
         "variant": "interleaved",

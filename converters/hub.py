@@ -76,6 +76,9 @@ def find(name_or_folder: str | Path, revision: str | None = None) -> Source:
         revision: The Hub's branch, tag or commit; default the main branch. An adapter says itself
             which one of its base model it needs.
 
+    Returns:
+        A folder with the config, into which weights and tokenizer are downloaded when needed.
+
     Raises:
         CheckpointError: If there is no such folder, or the Hub has no such model or can't be
             reached; or an adapter's base model is missing.
@@ -124,6 +127,9 @@ def _find(name_or_folder: str | Path, revision: str | None) -> Source:
 def load_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> Any:
     """The tokenizer of a model, by transformers; None if the model has none.
 
+    Returns:
+        A tokenizer of transformers, a fast one where the model has one; None if it has none.
+
     Raises:
         CheckpointError: As for `find`, or if transformers can't make sense of it.
     """
@@ -132,6 +138,9 @@ def load_tokenizer(name_or_folder: str | Path, revision: str | None = None) -> A
 
 def tokenizer_of(source: Source) -> Any:
     """The tokenizer among a model's files, an adapter's before its base's; None if there is none.
+
+    Returns:
+        A tokenizer of transformers, a fast one where there is one; or None.
 
     Raises:
         CheckpointError: If transformers can't make sense of it.

@@ -8,11 +8,9 @@ from jhessians.models.config import DecoderConfig, NormConfig
 
 
 def decoder_config(config: Any) -> DecoderConfig:
-    """transformers' OPTConfig, read by ours.
-
-    OPT-350m differs from its sisters: it norms the sum of stream and branch, and its embedding is
-    narrower than the stream. The table of positions has two rows that no position uses.
-    """
+    """transformers' OPTConfig, read by ours."""
+    # OPT-350m differs from its sisters: it norms the sum of stream and branch, and its embedding
+    # is narrower than the stream. The table of positions has two rows that no position uses.
     learned, before = config.layer_norm_elementwise_affine, config.do_layer_norm_before
     narrow = config.word_embed_proj_dim != config.hidden_size
     return decoder(

@@ -98,6 +98,9 @@ def named_parameters(config: Any) -> list[Parameter]:
     Args:
         config: transformers' config.
 
+    Returns:
+        Name and shape of each; tied parameters once, where they come first.
+
     Raises:
         CheckpointError: If the family isn't supported, or its order isn't known.
     """

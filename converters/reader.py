@@ -31,10 +31,14 @@ class StoredTensor(Protocol):
     """A tensor in a file."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Size of each axis."""
+        ...
 
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """Number format in the file."""
+        ...
 
     def read(self) -> Shaped[np.ndarray, "..."]:
         """The values, from the disk."""
@@ -69,6 +73,9 @@ def open_checkpoint(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FIL
     Args:
         folder: Holds one of `weight_files`; for an index also the shards that it names.
         weight_files: What the weights are looked for in, in this order.
+
+    Returns:
+        The tensors by name; each is read when it is asked for.
 
     Raises:
         CheckpointError: If there are no weights, a shard is missing or truncated, a file is a Git
@@ -108,6 +115,9 @@ def open_checkpoint(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FIL
 def read_json(path: Path) -> dict[str, Any]:
     """The table in a JSON file of a checkpoint.
 
+    Returns:
+        The outermost table, a dict.
+
     Raises:
         CheckpointError: If it can't be read or holds something else.
     """
@@ -125,6 +135,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def shard_index(path: Path) -> dict[str, str]:
     """Tensor → file, as an index.json says.
+
+    Returns:
+        The name of the file, beside the index, that holds each tensor.
 
     Raises:
         CheckpointError: If it isn't an index, or leads out of its folder.

@@ -51,6 +51,9 @@ _FAMILIES: dict[str, Family] = {}
 def register(family: Family) -> Family:
     """Make checkpoints of `family.model_type` loadable.
 
+    Returns:
+        The same family, so that a module can register and name it in one line.
+
     Raises:
         ValueError: If there is another family of that name.
     """
@@ -72,6 +75,9 @@ def families() -> tuple[Family, ...]:
 def family_of(config: Any) -> Family:
     """The family of a config of transformers', in the variant that the config asks for.
 
+    Returns:
+        What reads and writes checkpoints like this one.
+
     Raises:
         CheckpointError: If there is none; the message says which there are.
     """
@@ -81,6 +87,9 @@ def family_of(config: Any) -> Family:
 
 def decoder_config(config: Any) -> DecoderConfig:
     """What our decoder needs to know of a config of transformers'.
+
+    Returns:
+        A config whose numbers of heads go together.
 
     Raises:
         CheckpointError: If the config asks for something that the decoder doesn't have.
@@ -105,6 +114,10 @@ def create(config: Any, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> Decoder:
         dtype: Of the parameters.
         rngs: Seeds them.
 
+    Returns:
+        The module, which knows its family and config, so that its linears have the checkpoint's
+            names.
+
     Raises:
         CheckpointError: As for `decoder_config`.
     """
@@ -126,6 +139,9 @@ def name_linears(model: Decoder, family: Family) -> None:
 
 def read_config(folder: Path) -> Any:
     """transformers' config of a checkpoint folder; runs no code from the folder.
+
+    Returns:
+        An instance of the class that transformers has for the `model_type`.
 
     Raises:
         CheckpointError: If there is no config.json, or it is of an unsupported or quantised model,

@@ -49,6 +49,9 @@ def rope_config(
         interleaved: Whether it rotates pairs of neighbours.
         layer_type: Of the layers that are meant, where a config has settings for each type.
 
+    Returns:
+        Rotated features, base, and how the frequencies are stretched for long documents.
+
     Raises:
         CheckpointError: If the variant is unknown, or a setting is missing, unknown or senseless.
     """

@@ -154,6 +154,9 @@ def homes(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Ho
         family: The table.
         shapes: Of the module's parameters, by path.
 
+    Returns:
+        Tensor's name → the parameter that holds it, and where in it.
+
     Raises:
         ValueError: If the table doesn't name each parameter exactly once.
     """

@@ -55,6 +55,9 @@ def check_neutral(family: Family, config: Any) -> None:
 def activation(name: str) -> str:
     """The name, if it is an activation that the decoder has.
 
+    Returns:
+        The name as given.
+
     Raises:
         CheckpointError: If it isn't.
     """

@@ -19,13 +19,8 @@ from jhessians.models.config import DecoderConfig
 
 
 def decoder_config(config: Any) -> DecoderConfig:
-    """Read transformers' SmolLM3Config.
-
-    Despite its name `no_rope_layers` marks by 1 the layers that have rope.
-
-    Raises:
-        CheckpointError: If there isn't one mark for each layer.
-    """
+    """transformers' SmolLM3Config, read by ours."""
+    # Despite its name `no_rope_layers` marks by 1 the layers that have rope.
     rotated, layers = config.no_rope_layers, config.num_hidden_layers
     if len(rotated) != layers:
         raise CheckpointError(

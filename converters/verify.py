@@ -49,6 +49,9 @@ def verify(name_or_folder: str | Path, *, revision: str | None = None, tokens: i
         revision: The Hub's branch, tag or commit.
         tokens: Length of the document on which the logits are looked at.
 
+    Returns:
+        Family, number of tensors and parameters, dtype, and the largest logit.
+
     Raises:
         CheckpointError: If it can't be loaded, or a tensor doesn't survive the round trip.
         NumericsError: If a weight or a logit is NaN or infinite.

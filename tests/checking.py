@@ -1,6 +1,7 @@
 """The checker that `conftest.py` puts on every function and dataclass of both packages."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +23,8 @@ HOOKED = [name for name in MODULES if name not in UNCHECKED]
 
 SHAPED = re.compile(r"\b(Float|Int|UInt|Bool|Shaped|Num|Inexact|Key)\d*\[")
 
-CHECKED: set[tuple[str, str]] = set()
-"""Module and name of every function that is checked."""
+CHECKED: dict[tuple[str, str], set[str]] = defaultdict(set)
+"""Module and function → those of its arguments (or `return`) whose shape is checked."""
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for mypy
 
@@ -36,8 +37,9 @@ def checked(function: Callable) -> Callable:
     """
     if "<locals>" in function.__qualname__:
         return function
-    annotations = getattr(function, "__annotations__", {}).values()
-    if not any(SHAPED.search(str(each)) for each in annotations):
+    annotations = getattr(function, "__annotations__", {})
+    shaped = {name for name, each in annotations.items() if SHAPED.search(str(each))}
+    if not shaped:
         return function
-    CHECKED.add((function.__module__, function.__name__))
+    CHECKED[function.__module__, function.__qualname__] |= shaped
     return _check(function)

@@ -36,6 +36,9 @@ def parse(command: Command, arguments: Sequence[str]) -> Any:
         command: The subcommand.
         arguments: What follows its name.
 
+    Returns:
+        An instance of the command's config class; None if help was asked for, and printed.
+
     Raises:
         ConfigError: If an option is unknown, wrong, or clashes with another, or an argument is
             missing.
@@ -176,6 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
         arguments: Words after the program's name, `sys.argv` by default.
+
+    Returns:
+        0 if all went well; otherwise the code that goes with the error.
     """
     debug = False
 

@@ -26,6 +26,7 @@ class Parser(argparse.ArgumentParser):
     """Raises what argparse would print, so that every error takes the same way out."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ConfigError with argparse's message."""
         raise ConfigError(message.removeprefix("argument "))
 
 
@@ -76,7 +77,7 @@ def build_parser(command: Command) -> Parser:
 
 
 def add_options(parser: Parser, config_class: type) -> None:
-    """Give a parser the options of a config, in their groups."""
+    """Give a parser a flag for each option of a config, under the headings of their groups."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for each in options_of(config_class):
         group = groups.setdefault(each.group, parser.add_argument_group(each.group))
@@ -128,6 +129,9 @@ def normalize_flags(arguments: Sequence[str], options: Sequence[Option]) -> list
 
     `--token-batch-size` becomes `--token_batch_size`, and a bare `--fsdp` becomes `--fsdp=true`,
     so that it does not swallow a RUN_PATH that follows.
+
+    Returns:
+        The same words with underscores and an explicit value for each bare flag.
 
     Raises:
         ConfigError: If a flag is unknown, with the nearest ones.

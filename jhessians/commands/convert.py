@@ -61,6 +61,7 @@ class ConvertSummary:
     dtype: str
 
     def render(self) -> str:
+        """One line for the terminal."""
         return (
             f"{self.out}: {FORMATS[self.format]} checkpoint, {self.model_type}, "
             f"{self.parameters:,} parameters in {self.dtype}"
@@ -71,6 +72,9 @@ def convert(config: ConvertConfig) -> ConvertSummary:
     """Load a checkpoint and write it in the other format, with all that lies beside its weights.
 
     The parameters are spread over all devices; every process of a run on several hosts calls this.
+
+    Returns:
+        What was written: where, the format, the family, parameters and dtype.
 
     Raises:
         ConfigError: If a place isn't named.

@@ -71,6 +71,7 @@ class MixSummary:
     degenerate: bool
 
     def render(self) -> str:
+        """One line for the terminal."""
         hessians = f"{self.modules:,} autocorrelation Hessian{'s' if self.modules != 1 else ''}"
         where = f"eigenvalue {self.component:,} of {self.eigenvalues:,}"
         if self.degenerate:
@@ -85,6 +86,9 @@ def mix(config: MixConfig) -> MixSummary:
     """Mix the two processors' Hessians and write a processor with the query's settings.
 
     Eigenpairs are not written, as by bergson: its readers decompose the Hessian themselves.
+
+    Returns:
+        The coefficient, the eigenvalue at which the spectra cross, and how many there are.
 
     Raises:
         ConfigError: If an option is missing.

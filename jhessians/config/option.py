@@ -96,6 +96,9 @@ def options_of(config_class: type) -> tuple[Option, ...]:
 def parse_flag(word: str) -> bool:
     """Read `true` or `false` as typed.
 
+    Returns:
+        The truth value of the word.
+
     Raises:
         ConfigError: If the word is neither.
     """
@@ -159,6 +162,9 @@ def check_all(
         values: Name to value.
         where: Where the values come from, for the message.
 
+    Returns:
+        Every value given, in its option's type; defaults aren't filled in.
+
     Raises:
         ConfigError: If a name is unknown or a value is wrong.
     """
@@ -172,6 +178,9 @@ def check_all(
 
 def matching(flag: str, patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     """The modules that the globs of an option stand for, in the modules' order.
+
+    Returns:
+        Names that at least one glob matches, each once.
 
     Raises:
         ConfigError: If a pattern matches nothing, with near misses.
@@ -214,5 +223,8 @@ def name_flags(text: str, names: Collection[str]) -> str:
     Args:
         text: A message.
         names: The options of the command that runs; other quoted words stay as they are.
+
+    Returns:
+        The message as a person at a terminal reads it.
     """
     return re.sub(r"`(\w+)`", lambda m: f"--{m[1]}" if m[1] in names else m[0], text)

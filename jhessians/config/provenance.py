@@ -31,6 +31,9 @@ def bergson_places(options: Sequence[Option], values: Mapping[str, Any]) -> dict
     Args:
         options: All of a command's.
         values: Name → value, in plain YAML types.
+
+    Returns:
+        Nested tables, keyed as bergson nests them.
     """
     step: dict[str, Any] = {}
     for each in options:
@@ -57,6 +60,9 @@ def config_document(
         options: All of its options, in plain YAML types.
         step: The run as a step of bergson's; None if bergson has no such step.
         devices: See `run_metadata`.
+
+    Returns:
+        Three tables: `steps` for bergson, `jhessians` for a replay, and `metadata`.
     """
     return {
         "steps": [] if step is None else [dict(step)],
@@ -70,6 +76,9 @@ def read_options(path: str | Path) -> dict[str, Any]:
 
     Args:
         path: A run's config.yaml, its config.json, or the folder that holds either.
+
+    Returns:
+        Name → value, as the run had them, in plain YAML types.
 
     Raises:
         ConfigError: If the file is missing, is no YAML or was not written by jhessians.

@@ -29,13 +29,27 @@ class Tokenizer(Protocol):
     """What we need of a Hugging Face tokenizer."""
 
     @property
-    def is_fast(self) -> bool: ...
+    def is_fast(self) -> bool:
+        """Whether it can tell which characters a token stands for."""
+        ...
+
     @property
-    def eos_token_id(self) -> Any: ...
+    def eos_token_id(self) -> Any:
+        """Token at the end of a text; None if it has none."""
+        ...
+
     @property
-    def chat_template(self) -> Any: ...
-    def __call__(self, text: Any, **options: Any) -> Any: ...
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+    def chat_template(self) -> Any:
+        """How it writes conversations, in Jinja; None if it can't."""
+        ...
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        """Tokens of a text, or of several."""
+        ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """A conversation as one text."""
+        ...
 
 
 def check_messages(conversation: Any, where: str, has_template: bool) -> None:
@@ -78,6 +92,9 @@ def join(conversation: list[Message], separator: str) -> tuple[str, list[Span]]:
 
 def render(tokenizer: Tokenizer, conversation: list[Message], where: str) -> tuple[str, list[Span]]:
     """What the chat template writes, and the ranges of its characters that are answers.
+
+    Returns:
+        The text of the whole conversation, and [start, stop) of each answer in it.
 
     Raises:
         DatasetError: If the template refuses the conversation, or alters an answer.
@@ -158,6 +175,9 @@ def label_spans(
         tokens: The document's.
         offsets: Each token's range of characters, as the tokenizer gives it.
         spans: The answers' ranges of characters.
+
+    Returns:
+        One label per token; a token that straddles the start of an answer belongs to it.
     """
     labels = np.full_like(tokens, IGNORED)
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T

@@ -36,6 +36,9 @@ class Batches:
         Args:
             unit: `position` for the positions that count, `document` for the documents that have
                 some.
+
+        Returns:
+            Their number, over all hosts.
         """
         if unit == "position":
             return self.documents.positions

@@ -105,6 +105,9 @@ def plan_batches(
         max_length: How many positions the model has. Lengths are rounded up, but not beyond this;
             by default not beyond the longest document.
 
+    Returns:
+        Batches of document numbers, each with its shape, and the share of padding.
+
     Raises:
         DatasetError: If a document has more than `token_batch_size` tokens, or none has two.
         ValueError: If an option is not positive.
@@ -178,6 +181,9 @@ def _bucket_lengths(
     Let cost[k][j] be the fewest computed positions of the documents up to the j-th candidate
     length, in k buckets. Then
     cost[k][j] = min over i < j of cost[k - 1][i] + (documents between i and j in one bucket).
+
+    Returns:
+        At most `max_shapes` lengths; the last one is the longest document's.
     """
     if len(distinct) > MAX_CANDIDATES:
         chosen = np.unique(np.linspace(0, len(distinct) - 1, MAX_CANDIDATES).astype(np.int64))
@@ -221,6 +227,9 @@ def iterate_batches(
         process_index: Which share.
         process_count: How many shares; must divide the rows of every shape, as it does if
             it divides the plan's `devices`.
+
+    Yields:
+        Tokens, labels and lengths, padded to one of the plan's shapes.
 
     Raises:
         ValueError: If the rows don't divide, or there is no such process.

@@ -65,6 +65,9 @@ class Documents:
     ) -> tuple[Int32[np.ndarray, " token"], Int32[np.ndarray, " token"]]:
         """Tokens and labels of one document, as views.
 
+        Returns:
+            Tokens [token] and labels [token]; without labels of its own, the tokens twice.
+
         Raises:
             IndexError: If there is no such document.
         """
@@ -82,6 +85,9 @@ def put_together(pieces: Iterator[Piece], max_tokens: int | None) -> Documents:
         pieces: In the data set's order; read only as far as needed.
         max_tokens: If given, keep the leading documents whose tokens together stay within it, and
             repeat them if they are fewer.
+
+    Returns:
+        All documents in one array of tokens, in order.
 
     Raises:
         DatasetError: If not even the first document is within `max_tokens`, or no piece comes.

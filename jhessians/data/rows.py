@@ -43,6 +43,9 @@ def open_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
             no split names, so that any name stands for the whole of it.
         subset: The Hub's configuration name.
 
+    Returns:
+        A data set of the `datasets` library, memory-mapped; at least one row.
+
     Raises:
         ConfigError: If `subset` is given for a file or a `save_to_disk` folder.
         DatasetError: If it doesn't exist, can't be reached or parsed, has no such split, or

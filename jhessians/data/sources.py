@@ -99,6 +99,9 @@ def load_documents(
             positions and the tokens of a batch.
         vocab_size: Rows of the model's embedding.
 
+    Returns:
+        Documents of at most `max_length` tokens, of which one at least has something to predict.
+
     Raises:
         ConfigError: If chunks would be longer than `max_length`, or the subset has no meaning.
         DatasetError: If the data can't be read, don't fit the model or the options, or hold

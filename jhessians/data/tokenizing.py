@@ -72,7 +72,11 @@ def ready_made_pieces(rows: "Dataset", *, max_length: int | None = None) -> Iter
     """Documents of a data set that holds `input_ids`, and perhaps `labels`, already.
 
     Args:
+        rows: The data set.
         max_length: Longer documents are cut at it; None leaves them.
+
+    Yields:
+        Tokens, labels and lengths of some rows at a time.
 
     Raises:
         DatasetError: If a cell is no list of integers, or a row's labels and tokens differ in
@@ -129,7 +133,13 @@ def plain_pieces(
     """Each row's text with the tokenizer's default special tokens; every token is a target.
 
     Args:
+        rows: The data set.
+        column: Holds the texts.
+        tokenizer: Of the model.
         max_length: Longer documents are truncated to it; None leaves them.
+
+    Yields:
+        Tokens and lengths of some rows at a time.
 
     Raises:
         DatasetError: If a cell is no text.
@@ -143,6 +153,9 @@ def plain_pieces(
 
 def bare_pieces(rows: "Dataset", column: str, tokenizer: Tokenizer) -> Iterator[Piece]:
     """Each row's text without special tokens, for chunking; a blank text has no tokens.
+
+    Yields:
+        Tokens and lengths of some rows at a time.
 
     Raises:
         DatasetError: If a cell is no text.
@@ -171,9 +184,16 @@ def answer_pieces(
     """Prompts with completions, or conversations; only the assistant's words are targets.
 
     Args:
+        rows: The data set.
+        tokenizer: Of the model; a fast one, which knows each token's characters.
+        prompt_column: Holds what comes before the answer.
+        completion_column: Holds the answer.
         conversation_column: Column of lists of messages `{"role": …, "content": …}`; used
             instead of the two others if it is given.
         max_length: Longer documents are truncated to it; None leaves them.
+
+    Yields:
+        Tokens, labels and lengths of some rows at a time.
 
     Raises:
         DatasetError: If the tokenizer is a slow one, a cell is not what it should be, the chat
@@ -230,6 +250,9 @@ def chunked_pieces(pieces: Iterator[Piece], *, length: int, eos: int) -> Iterato
 
     Documents without tokens are left out. What doesn't fill a chunk goes on into the next
     piece; only the very last remainder is dropped.
+
+    Yields:
+        As many whole chunks as a piece and what was left over make up.
     """
     rest = np.zeros(0, np.int64)
     for piece in pieces:

@@ -108,6 +108,9 @@ def fetch(array: Array, index: Callable[[Array], Array] = lambda x: x) -> np.nda
     Args:
         array: May be spread over devices and hosts.
         index: Takes the part that is wanted, by default all.
+
+    Returns:
+        The part as one array, the same on every host.
     """
     part = index(in_host_memory(array))
     if isinstance(part, jax.Array) and not part.is_fully_addressable:

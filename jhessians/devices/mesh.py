@@ -25,6 +25,9 @@ LONGEST_AXIS = 8
 def make_mesh(world_size: int | None = None) -> Mesh:
     """A mesh of the first `world_size` devices of all hosts, by default of all.
 
+    Returns:
+        One axis; or several, of at most `LONGEST_AXIS` devices each where that is possible.
+
     Raises:
         MeshError: If there are fewer, or a host would be left without one.
     """
@@ -108,6 +111,9 @@ def put_batches(batches: PyTree[np.ndarray], mesh: Mesh | None) -> PyTree[Any]:
     """Spread this host's rows of stacked batches [batch, document, ...] over its devices.
 
     The rows of all hosts together make the global batches. Without a mesh nothing is done.
+
+    Returns:
+        Arrays whose axis of documents is sharded over the mesh; without a mesh, what was given.
     """
     if mesh is None:
         return batches
@@ -121,6 +127,9 @@ def in_host_memory(array: Array) -> Any:
     """The array as numpy, without a copy, if it is one piece in the host's memory already.
 
     A slice of it is then a view, and XLA compiles nothing to make one.
+
+    Returns:
+        A view as numpy; or the array as it was, where numpy would have to copy it.
     """
     if isinstance(array, jax.Array) and array.is_fully_addressable and len(array.devices()) == 1:
         (device,) = array.devices()

@@ -253,6 +253,10 @@ def finish(value: Any, tensor: Callable[[TensorRecord], Any]) -> Any:
         value: From `run`.
         tensor: Called once per distinct record.
 
+    Returns:
+        Dicts, lists, tuples, plain values, and what `tensor` returned; nothing of the pickle's
+            objects.
+
     Raises:
         RefusedPickleError: Something in it is not data, contains itself, is nested deeper than
             `MAX_DEPTH`, or is too large; or whatever `tensor` raises.

@@ -63,6 +63,9 @@ def checkpoint_error(path: Path, reason: object) -> CheckpointError:
 def open_container(path: Path) -> TorchContainer:
     """Read a torch file's pickle and directory; no storage is read.
 
+    Returns:
+        The pickled value with a record for each tensor, and where each storage lies in the file.
+
     Raises:
         CheckpointError: The file is missing, damaged, hostile, or not of these formats.
     """

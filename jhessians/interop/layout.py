@@ -110,6 +110,9 @@ def shard_bounds(dimension: int, shards: int, index: int) -> tuple[int, int]:
         shards: Number of shards, at least 1; may exceed `dimension`.
         index: Which shard, 0 … shards − 1.
 
+    Returns:
+        First row, and the one after the last; both are the same for an empty shard.
+
     Raises:
         ValueError: If `index` names no shard or `dimension` is negative.
     """
@@ -129,6 +132,9 @@ def shard_name(index: int) -> str:
 
 def kind_folder(root: Path, kind: str, tree: Tree) -> Path | None:
     """Folder of `kind` in one tree under `root`; None where that tree has no such kind.
+
+    Returns:
+        The folder's path, whether it exists or not.
 
     Raises:
         ValueError: If `kind` is not in `KINDS`.

@@ -108,6 +108,9 @@ class FactorStore:
     def shapes(self, kind: str) -> Shapes:
         """Module name → full shape, read from the shards' headers and checked.
 
+        Returns:
+            Shapes with the rows of all shards together.
+
         Raises:
             KeyError: If the store has no such kind.
             CheckpointError: If a file is damaged or the shards do not add up.
@@ -120,6 +123,9 @@ class FactorStore:
 
     def read(self, kind: str, module: str) -> Shaped[np.ndarray, "..."]:
         """One whole tensor in the dtype that it is stored in.
+
+        Returns:
+            An array of its own; changing it changes no file.
 
         Raises:
             KeyError: If the store has no such kind or module.
@@ -161,6 +167,9 @@ def load_factors(
             exists, the older one otherwise, whose eigenvalue correction is in another unit; see
             `FactorStore`, which also reads one tensor at a time.
         kinds: Keys of `layout.KINDS`; all that are there if left out.
+
+    Returns:
+        Arrays in the dtypes of the files; all of them are in memory at once.
 
     Raises:
         CheckpointError: See `FactorStore`.

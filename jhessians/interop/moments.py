@@ -9,6 +9,9 @@ from jhessians.errors import NumericsError
 def checked_moment(moment: np.ndarray, name: str) -> Float[np.ndarray, "..."]:
     """A second moment in float32 or wider.
 
+    Returns:
+        The same numbers; the same array if it was wide enough.
+
     Raises:
         NumericsError: If it isn't finite, or negative.
     """

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from jhessians.errors import CheckpointError
 from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
@@ -22,12 +21,18 @@ LEGACY_NAMES = {
     EIGEN_FILE: "preconditioners_eigen.pth",
 }
 
-Matrix = Float[np.ndarray | Array, "d d"]
-EigenPair = tuple[Float[np.ndarray | Array, " d"], Matrix]
+# [d, d], and [d] with [d, d]. d differs from module to module, so it isn't in the type: `misshapen`
+# checks it, and says in one line what is wrong.
+Matrix = np.ndarray | Array
+EigenPair = tuple[np.ndarray | Array, Matrix]
 
 
 def read_hessians(path: Path) -> tuple[dict[str, Matrix], dict[str, EigenPair]]:
     """Hessians and eigenpairs by module, under the new names or the old ones.
+
+    Returns:
+        Two tables of arrays: [d, d], and ([d], [d, d]); the second may lack what older versions
+            lack.
 
     Raises:
         CheckpointError: If a file is missing, damaged, or holds something else.
@@ -37,6 +42,9 @@ def read_hessians(path: Path) -> tuple[dict[str, Matrix], dict[str, EigenPair]]:
 
 def open_hessians(path: Path) -> tuple[dict[str, LazyTensor], dict[str, tuple[LazyTensor, ...]]]:
     """Like `read_hessians`, but every matrix stays on the disk until it is read.
+
+    Returns:
+        The same two tables, of tensors that know their shape and dtype.
 
     Raises:
         CheckpointError: If a file is missing, damaged, or holds something else or wrong shapes.
@@ -114,6 +122,9 @@ def normalizer_state(normalizer: Normalizer) -> dict[str, Any]:
 
 def read_normalizers(path: Path) -> dict[str, Normalizer]:
     """Normalizers by module; none of them is checked against a model.
+
+    Returns:
+        Module → Adam's or Adafactor's second moments, as float arrays.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or holds something else.

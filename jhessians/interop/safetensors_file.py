@@ -62,6 +62,9 @@ class SafetensorsTensor:
     def read(self) -> Shaped[np.ndarray, "..."]:
         """The values, C-contiguous and writable; opens the file for this read alone.
 
+        Returns:
+            An array of the tensor's shape and dtype.
+
         Raises:
             CheckpointError: If the file is gone or has become shorter.
         """
@@ -72,6 +75,12 @@ class SafetensorsTensor:
 
         Args:
             index: One slice per axis, without a step.
+
+        Returns:
+            The part, C-contiguous and writable.
+
+        Raises:
+            CheckpointError: If the file is gone or has become shorter.
         """
         bounds = [part.indices(n)[:2] for part, n in zip(index, self.shape, strict=True)]
         shape = tuple(stop - start for start, stop in bounds)
@@ -103,6 +112,9 @@ class SafetensorsTensor:
 
 def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
     """The tensors of a file by name, as they follow one another, after checking that all is there.
+
+    Returns:
+        Name → a tensor that knows its shape and dtype and reads its values on demand.
 
     Raises:
         CheckpointError: If the file is cut short or isn't a safetensors file, names a tensor twice,

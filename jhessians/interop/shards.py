@@ -141,6 +141,9 @@ def _blocks(
 
     All blocks of a module follow one another, so that a source which has to make its whole tensor
     does so once.
+
+    Yields:
+        Number of the shard, name of the module, and the rows themselves.
     """
     for module, source in tensors.items():
         step = max(1, block_bytes // max(1, 4 * math.prod(source.shape[1:])))

@@ -108,6 +108,9 @@ def _fetch_local(array: Array, window: Window) -> np.ndarray:
     Each device cuts out its own part. Slicing the sharded array as a whole is worse: with a traced
     start XLA copies the entire array to every device, and with a static one it compiles again for
     every range.
+
+    Returns:
+        The window, in one numpy array.
     """
     out = np.empty([w.stop - w.start for w in window], array.dtype)
     for shard in array.addressable_shards:
@@ -139,6 +142,9 @@ def _fetch_global(array: Array, window: Window, indexed: int) -> np.ndarray:
 
     First the stack's entry is taken, for which no device needs another one's data; then the rows,
     with static bounds, so that XLA moves these rows and not the whole array.
+
+    Returns:
+        The window, the same on every process.
     """
     from jax.experimental import multihost_utils
 

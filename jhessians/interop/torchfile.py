@@ -56,6 +56,9 @@ class LazyTensor:
     def read(self) -> Shaped[np.ndarray, "..."]:
         """The tensor's values, C-contiguous and writable; opens the file for this read alone.
 
+        Returns:
+            An array of the tensor's shape and dtype.
+
         Raises:
             CheckpointError: The file is gone, has changed since it was opened, or the tensor
                 does not fit in memory.
@@ -97,6 +100,9 @@ def load(path: str | Path) -> Any:
 
     Args:
         path: A file of `torch.save`, zip or legacy, protocol 2 to 5.
+
+    Returns:
+        What was saved, in Python's own containers.
 
     Raises:
         CheckpointError: If `open_torch_file` would refuse it, or it does not fit in memory.

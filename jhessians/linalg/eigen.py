@@ -39,6 +39,9 @@ def eigendecompose(
         count: How many positions were summed; at least 1.
         dtype: Number format of the result. The computation is in float64.
 
+    Returns:
+        Eigenvalues [d], ascending, and eigenvectors [d, d], one per column.
+
     Raises:
         NumericsError: If C isn't finite, or LAPACK does not converge.
     """
@@ -78,6 +81,9 @@ def ordered_map(
         window: How many items are taken before the first result must be ready, so that neither
             all inputs nor all results are in memory at once.
         blas_threads: Threads that BLAS may use in each call.
+
+    Yields:
+        Results, in the order of `items`.
     """
     items = iter(items)
     waiting: deque[Future[Result]] = deque()
@@ -104,6 +110,9 @@ def share_by_cost(dimensions: Sequence[int], hosts: int) -> list[int]:
     """Which host decomposes each matrix, so that their costs, d³ each, are about equal.
 
     The costliest go first, each to the host that has least to do.
+
+    Returns:
+        Number of the host, one for each matrix.
     """
     owners = [0] * len(dimensions)
     loads = [0] * hosts

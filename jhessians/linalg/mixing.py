@@ -48,6 +48,9 @@ def mixing(
         index: Eigenvalues of all of the index's modules, as many.
         components: k, how many directions to weigh down; 0 takes the query alone.
 
+    Returns:
+        The query's share, from 0 to 1, with the two eigenvalues that it follows from.
+
     Raises:
         ValueError: If there are no eigenvalues, or `components` is negative.
     """

@@ -88,6 +88,9 @@ class Projection:
 
         All are made at the largest width and then cut, so that the generator's few hundred
         operations are compiled once for all of them.
+
+        Returns:
+            In the order of the keys.
         """
 
         def make(key: UInt32[Array, "2"]) -> Float[Array, "p c"]:
@@ -122,6 +125,9 @@ def random_entries(
         columns: Number of columns.
         distribution: Distribution of the entries.
         first_column: A multiple of 128; may be traced.
+
+    Returns:
+        ±1 with equal probability, or standard normal numbers, [rows, columns].
     """
     per_counter = COLUMNS_PER_COUNTER if distribution == "rademacher" else 4
     counters = -(-columns // per_counter)

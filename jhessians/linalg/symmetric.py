@@ -109,6 +109,9 @@ def unpack(blocks: Sequence[Array | np.ndarray], d: int) -> np.ndarray:
     """The whole symmetric matrix on the host, from blocks whose rows may be padded.
 
     Only the upper triangle of each diagonal block is used, so the result is exactly symmetric.
+
+    Returns:
+        [d, d], in the blocks' dtype.
     """
     full = np.empty((d, d), np.asarray(blocks[0]).dtype)
     for (start, stop), block in zip(block_bounds(d), blocks, strict=True):

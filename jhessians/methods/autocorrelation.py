@@ -149,6 +149,9 @@ AUTOCORRELATION = AutocorrelationMethod(
 def split_sites(options: AutocorrelationOptions, sites: Mapping[str, Site]) -> tuple[str, ...]:
     """Names of the sites whose modules `--split_attention_modules` names.
 
+    Returns:
+        In the order of `sites`; empty if nothing is to be split.
+
     Raises:
         ConfigError: If the heads don't make up a module, or some
             layers of a stack are split and others are not.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def fold(options: NoOptions, dtype: np.dtype) -> FactorFold:
-    """The fold of `kfac`."""
+    """The covariances of inputs and gradients, over positions."""
     from jhessians.folds.covariance import Covariance
 
     return Covariance(dtype)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def fold(options: NoOptions, dtype: np.dtype) -> FactorFold:
-    """The fold of `kfac_reduce`."""
+    """The covariances of means and sums over each document."""
     from jhessians.folds.reduced import ReducedCovariance
 
     return ReducedCovariance(dtype)

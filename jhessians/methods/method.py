@@ -102,6 +102,9 @@ class Method(ABC):
     def settled(self, options: Any, modules: Sequence[str]) -> dict[str, Any]:
         """Its own options that the names of the model's modules settle, by name.
 
+        Returns:
+            Option → value, for those that the modules decide; by default none.
+
         Raises:
             ConfigError: If an option doesn't fit the modules.
         """

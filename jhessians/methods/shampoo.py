@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def fold(options: NoOptions, dtype: np.dtype) -> FactorFold:
-    """The fold of `shampoo`."""
+    """The sums of each document's G Gᵀ and Gᵀ G."""
     from jhessians.folds.shampoo import Shampoo
 
     return Shampoo(dtype)

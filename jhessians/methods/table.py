@@ -50,6 +50,9 @@ class MethodChoice:
 def method_named(name: str) -> Method:
     """A method by its name.
 
+    Returns:
+        The instance in `METHODS`.
+
     Raises:
         ConfigError: If there is none of that name.
     """

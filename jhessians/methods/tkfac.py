@@ -31,7 +31,7 @@ class TKFACOptions:
 
 
 def fold(options: TKFACOptions, dtype: np.dtype) -> FactorFold:
-    """The fold of `tkfac`."""
+    """Each document's factors, weighted by the trace of the other."""
     from jhessians.folds.tkfac import TraceCovariance
 
     return TraceCovariance(dtype, options.normalize_trace)

@@ -24,6 +24,9 @@ def biases(
         heads: Number of query heads.
         positions: Length of the padded documents.
         dtype: The model's number format.
+
+    Returns:
+        float32, rounded as the models round them.
     """
     rounded = jnp.bfloat16 if config.bfloat16 else jnp.dtype(dtype)
     slope = jnp.asarray(slopes(heads), jnp.float32)
@@ -38,6 +41,9 @@ def slopes(heads: int) -> np.ndarray:
 
     If the number of heads is no power of two, the next lower one's series comes first, and the
     remaining heads take every other slope of the next higher one's.
+
+    Returns:
+        float32, positive, the steepest first in either series.
     """
     lower = 2 ** math.floor(math.log2(heads))
 

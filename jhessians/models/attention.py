@@ -76,6 +76,9 @@ def positions(
         dtype: Of the model.
         query: The one position of each document for which angles are wanted; default all.
         backward_only: See `causal_attention`.
+
+    Returns:
+        Angles and biases for all layers; None for what the model doesn't have.
     """
     c = config
     turned = size if query is None else query[:, None]
@@ -123,12 +126,15 @@ class Attention(nnx.Module):
     def __call__(
         self, h: Float[Array, "n s d"], positions: Positions, layer: Layer
     ) -> Float[Array, "n s d"]:
-        """What the layer adds to the residual stream.
+        """Attention of every position to itself and those before it.
 
         Args:
             h: What the projections read.
             positions: Of the batch.
             layer: This layer's settings.
+
+        Returns:
+            What is added to the residual stream.
         """
         query, key, value = self.vectors(h, positions, layer)
         return self.output(self.mix(query, key, value, positions, layer))
@@ -217,7 +223,9 @@ def attend(
     """Causal softmax(scale · query keyᵀ + bias) value; the softmax at least in float32.
 
     Args:
-        query, key, value: Of all positions.
+        query: Of all positions, or of one.
+        key: Of all positions.
+        value: Of all positions.
         scale: Of the logits.
         window: How many positions back a query sees, its own included.
         bias: Added to the logits.
@@ -225,6 +233,9 @@ def attend(
         sinks: A logit of each head that every query sees, and whose value is nothing.
         position: Where the one query of each document stands; default one query for each key.
         backward_only: See `causal_attention`.
+
+    Returns:
+        The values' mean for each query and head, weighted by the softmax.
     """
     n, s, heads, d = query.shape
     groups = key.shape[2]

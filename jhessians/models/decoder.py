@@ -39,12 +39,15 @@ class Block(nnx.Module):
     def __call__(
         self, h: Float[Array, "n s d"], positions: Positions, *layer: Array
     ) -> Float[Array, "n s d"]:
-        """The residual stream behind the block.
+        """Attention and MLP, each added to the residual stream.
 
         Args:
             h: Residual stream.
             positions: Of the batch.
             layer: This layer's entries of `Layer`.
+
+        Returns:
+            The residual stream after attention and MLP.
         """
         return self.around(h, lambda read: self.attention(read, positions, Layer(*layer)))
 
@@ -118,6 +121,9 @@ class Decoder(nnx.Module):
         Args:
             tokens: Ids, padded on the right.
             lengths: Tokens of each document; default all of them.
+
+        Returns:
+            Features of each position, as wide as the head's input.
         """
         c = self.config
         n, s = tokens.shape
@@ -138,6 +144,9 @@ class Decoder(nnx.Module):
         Args:
             tokens: Ids.
             positions: Where they stand; default from 0 on.
+
+        Returns:
+            Scaled and normed where the config says so.
         """
         c = self.config
         h = _scaled(self.embedding[...][tokens], c.embedding_scale)
@@ -170,6 +179,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "n s"], lengths: Int[Array, " n"] | None = None
     ) -> Float[Array, "n s v"]:
+        """Logits of every position's next token; the arguments are those of `hidden`."""
         return self.logits(self.hidden(tokens, lengths))
 
 

@@ -153,6 +153,9 @@ def choose(
         logits: Of each document.
         number: Which of the new tokens it is.
         sampling: How to draw; None for the likeliest.
+
+    Returns:
+        Token ids, from 0 to v - 1.
     """
     wide = logits.astype(at_least_float32(logits.dtype))
     if sampling is None:
@@ -180,12 +183,16 @@ def decode(
     """The tokens that follow the prompts.
 
     Args:
-        graph, state: The decoder, from `nnx.split`.
+        graph: The decoder's structure, from `nnx.split`.
+        state: Its parameters, from the same.
         tokens: Prompts, padded on the right.
         lengths: Tokens of each, at least one.
         ends: Tokens after which a document is complete; it repeats the one that ended it.
         sampling: How to draw; None for the likeliest tokens.
         new_tokens: M, how many.
+
+    Returns:
+        Token ids; rows that end early are filled with the token that ended them.
     """
     model: Decoder = nnx.merge(graph, state)
     ropes = model.config.attention.ropes

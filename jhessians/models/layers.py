@@ -78,6 +78,7 @@ class Linear(Tapped):
         self.name = name
 
     def __call__(self, x: Float[Array, "*rows i"]) -> Float[Array, "*rows o"]:
+        """The product with the kernel, the bias, and what the adapter adds."""
         kernel = self.kernel[...]
         y = x @ kernel if self.tape is None else self.tape.record(self, x, kernel)
         y = y if self.bias is None else y + per_feature(self.bias[...], y)
@@ -125,6 +126,9 @@ class Stack(Tapped):
             shared: Further arguments of every block.
             each_layer: Arrays with a leading layer axis; block l gets their l-th entries as its
                 last arguments.
+
+        Returns:
+            Output of the last block.
         """
         graph, state = nnx.split(self.blocks)
         tape = self.tape

@@ -52,6 +52,7 @@ class LoRA(nnx.Module):
         self.scale = scale
 
     def __call__(self, x: Float[Array, "*rows i"]) -> Float[Array, "*rows o"]:
+        """What is added to the output of the linear that the adapter belongs to."""
         y = self.lora_B(self.lora_A(x))
         # In a wide format: bfloat16 would round a scale such as alpha / sqrt(r).
         return (y.astype(at_least_float32(y.dtype)) * self.scale).astype(y.dtype)

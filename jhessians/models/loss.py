@@ -49,6 +49,7 @@ class NextTokenLoss:
     label_smoothing: float = 0.0
 
     def __call__(self, model: Decoder, batch: Batch) -> Float[Array, "*k"]:
+        """The loss of this host's documents; one for each draw if there are several."""
         n, s = batch.tokens.shape
         lengths = batch.position_mask.sum(1, dtype=jnp.int32) + 1
         hidden = model.hidden(jnp.asarray(batch.tokens), lengths)
@@ -79,6 +80,9 @@ class NextTokenLoss:
 
         Loss and gradient at the hidden states are computed together while a chunk's logits exist,
         so the backward pass needs neither them nor a second product with the head.
+
+        Returns:
+            One loss for each draw of labels.
         """
         rows = hidden.shape[0]
         size = max(1, min(rows, CHUNK_LOGITS // model.config.vocabulary_size))
@@ -162,6 +166,9 @@ def sample(
         position: Number of each row's position in its document.
         seed: Other seeds draw other labels.
         draw: The same for several draws from the same logits.
+
+    Returns:
+        Token ids, from 0 to v - 1.
     """
     rows, vocabulary = logits.shape
     width = math.isqrt(vocabulary - 1) + 1

@@ -32,6 +32,7 @@ class MLP(nnx.Module):
         self.config = c
 
     def __call__(self, h: Float[Array, "n s d"]) -> Float[Array, "n s d"]:
+        """What the MLP adds to the residual stream."""
         if self.gate_up is not None:
             return self.down(gated(self.config, self.gate_up(h)))
         assert self.up is not None

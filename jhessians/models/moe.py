@@ -1,7 +1,7 @@
 """Mixture of experts: a router sends every token to a few of many MLPs.
 
-Shazeer et al. 2017, arXiv:1701.06538; beside them there may be one that all tokens share,
-arXiv:2401.06066.
+Shazeer et al. 2017, arXiv:1701.06538; beside them there may be one that all tokens share, Dai et
+al. 2024, arXiv:2401.06066.
 """
 
 import jax
@@ -52,6 +52,7 @@ class ExpertLinear(Tapped):
         self.name = name
 
     def __call__(self, rows: Float[Array, "r i"], routing: Routing) -> Float[Array, "r o"]:
+        """Each row's product with its expert's kernel, and its expert's bias."""
         kernel = self.kernel[...]
         if self.tape is None:
             y = product(rows, kernel, routing)
@@ -89,6 +90,7 @@ class MixtureOfExperts(nnx.Module):
         self.config = c
 
     def __call__(self, h: Float[Array, "n s d"]) -> Float[Array, "n s d"]:
+        """The chosen experts' outputs, weighted by the router, and the shared expert's."""
         c = self.config
         logits = h @ self.router[...]
         if self.router_bias is not None:

@@ -29,6 +29,7 @@ class Norm(nnx.Module):
         self.config = config
 
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        """Each row, normed over its features in float32 or wider."""
         c = self.config
         wide = x.astype(at_least_float32(x.dtype))
         if c.variant == "layer":

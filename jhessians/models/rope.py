@@ -74,8 +74,12 @@ def rotate(
 
     Args:
         x: Queries or keys.
-        cosine, sine: Of the angles.
+        cosine: Of the angles.
+        sine: Of the angles.
         interleaved: Whether the pairs are (2 k, 2 k + 1), or (k, k + r).
+
+    Returns:
+        In the shape and dtype of `x`; features after the first 2 r are unchanged.
     """
     r = cosine.shape[-1]
     cosine, sine = (t[:, :, None, :].astype(x.dtype) for t in (cosine, sine))
@@ -95,6 +99,9 @@ def _frequencies(config: RopeConfig, lengths: Int[Array, " n"]) -> Float[Array, 
 
     Rounded to float32 where the models' own code rounds: over thousands of positions an angle
     shows a difference in a frequency's last bit.
+
+    Returns:
+        One row for all documents, unless the stretch depends on a document's length.
     """
     exponents = np.arange(0, config.dimensions, 2, dtype=np.float32) / np.float32(config.dimensions)
     wavelengths = np.power(config.theta, exponents.astype(np.float64)).astype(np.float32)

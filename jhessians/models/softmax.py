@@ -52,11 +52,16 @@ def causal_attention(
     """softmax(softcap(scale · query keyᵀ) + bias) value; the softmax at least in float32.
 
     Args:
-        query, key, value: Of all positions.
+        query: Of all positions.
+        key: Of all positions.
+        value: Of all positions.
         terms: The rest.
         softcap: c in c · tanh(logit / c), or None.
         backward_only: Whether derivatives are taken backwards alone: faster, and leaner in memory,
             but `jax.jvp` knows no way through.
+
+    Returns:
+        The values' mean for each query, weighted by the softmax.
     """
     if backward_only:
         return _with_own_backward(softcap, query, key, value, terms)
@@ -76,10 +81,14 @@ def attention_at(
 
     Args:
         query: Of that position.
-        key, value: Of all positions; those after the query's are not seen.
+        key: Of all positions; those after the query's are not seen.
+        value: Of all positions.
         terms: The rest.
         position: Of each document's query.
         softcap: See `causal_attention`.
+
+    Returns:
+        As `causal_attention`, for the one query.
     """
     back = position[:, None] - jnp.arange(key.shape[2], dtype=jnp.int32)[None]
     logits, _ = _logits(softcap, query, key, terms, back[:, None, None, None])
@@ -156,6 +165,9 @@ def _logits(softcap, block, key, terms, back):
     """Logits of a block of queries, and their derivative by query · key.
 
     `back` says how many positions each key is before each query, [(document, 1, 1,) query, key].
+
+    Returns:
+        The logits, the lowest number there is where a key isn't seen; and the derivative.
     """
     wide = at_least_float32(block.dtype)
     products = jnp.einsum("ngqsd,ngtd->ngqst", block, key).astype(wide)

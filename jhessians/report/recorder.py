@@ -78,6 +78,9 @@ class Recorder:
             method: Whose.
             mesh: The devices.
             numbers: Number format of the model, such as "fp32".
+
+        Returns:
+            Seconds and FLOP of every stage, beside the device's own peak.
         """
         flop = needed(run, method)
         documents, plan = run.batches.documents, run.batches.plan
@@ -115,6 +118,9 @@ def recording(folder: Path, *, profile: bool, trace: str | None) -> Iterator[Rec
         folder: Where the run writes.
         profile: Whether stages are to be measured.
         trace: The trace's folder; None for no trace.
+
+    Yields:
+        The recorder; it stops listening when the block is left.
 
     Raises:
         OutputError: If the trace can't be written.
@@ -183,6 +189,9 @@ def product_peak(
         matmul_precision: How float32 numbers are multiplied.
         seconds: About how long to try: products grow until they fill it.
         largest: Rows of the largest matrices.
+
+    Returns:
+        A peak to compare a stage's FLOP per second with.
     """
     devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     mesh = Mesh(np.array(devices), ("device",))

@@ -5,7 +5,6 @@ import os
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors
 import safetensors.numpy
 
 from jhessians.errors import CheckpointError

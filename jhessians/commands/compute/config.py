@@ -139,6 +139,10 @@ class ComputeConfig(
         Args:
             devices: See `run_metadata`.
             names: Arguments of `bergson_step`.
+
+        Returns:
+            Nested tables, in plain YAML types: bergson's steps, our options, and where and when it
+                ran.
         """
         step = self.bergson_step(**names)
         return config_document("compute", self.resolved_dict(), step, devices=devices)
@@ -146,6 +150,9 @@ class ComputeConfig(
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "the config") -> ComputeConfig:
         """Build a config from names and values; what is missing keeps its default.
+
+        Returns:
+            A config whose values have their types; how they go together isn't checked yet.
 
         Raises:
             ConfigError: If a name is unknown, a value is wrong or `run_path` is missing.
@@ -159,6 +166,9 @@ class ComputeConfig(
     @classmethod
     def from_yaml(cls, path: str | Path) -> ComputeConfig:
         """The config of an earlier run, from its config.yaml or the folder that holds it.
+
+        Returns:
+            A config that makes the same run again.
 
         Raises:
             ConfigError: If the file is missing, is no YAML or holds no options of ours.

@@ -26,6 +26,9 @@ def select_sites(
             `--moe_experts` do.
         note: Is told of experts that nobody asked for.
 
+    Returns:
+        The chosen sites by name, in the model's order; experts that aren't wanted are left out.
+
     Raises:
         ConfigError: If a pattern matches nothing, or nothing is left.
     """
