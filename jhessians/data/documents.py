@@ -61,7 +61,7 @@ class Documents:
         return int(np.maximum(self.lengths - 1, 0).sum())
 
     def document(
-        self, index: int
+        self, index: int | np.integer
     ) -> tuple[Int32[np.ndarray, " token"], Int32[np.ndarray, " token"]]:
         """Tokens and labels of one document, as views.
 

@@ -421,6 +421,8 @@ def command(work: Work, first: str = "pass") -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "XLA_FLAGS": ""},
+        # A shell's background job hands SIGINT down ignored, and the command respects that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
