@@ -12,19 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from transformers import PretrainedConfig
 
-from converters import (
-    Family,
-    Rule,
-    create,
-    decoder,
-    head_size,
-    linear,
-    load,
-    norm,
-    register,
-    rms,
-    save,
-)
+from converters import (  # isort: skip
+    Family, Rule, create, decoder, head_size, linear, load, norm, register, rms, save,
+)  # fmt: skip
 from jhessians import RopeConfig
 
 OURS, THEIRS = "layers.blocks", "model.layers.{layer}"
