@@ -82,13 +82,15 @@ def test_the_kinds_fit_together(setting):
 def test_an_inverse_from_the_factors(setting):
     factors = setting.factors
     name = "layers.0.mlp.up"
-    kinds = ("gradient_eigenvectors", "activation_eigenvectors", "eigenvalue_correction")
-    parts = [factors[kind][name] for kind in kinds]
+    kinds = {"gradient_eigenvectors": "gradient_eigenvectors",
+             "activation_eigenvectors": "activation_eigenvectors",
+             "eigenvalues": "eigenvalue_correction"}  # fmt: skip
+    parts = {argument: factors[kind][name] for argument, kind in kinds.items()}
     gradients = np.random.default_rng(0).standard_normal((3, 24, 17))
     result = jax.jit(jhessians.inverse_vector_product)(
-        jnp.asarray(gradients, jnp.float32), *map(jnp.asarray, parts)
+        jnp.asarray(gradients, jnp.float32), **jax.tree.map(jnp.asarray, parts)
     )
-    wide = [part.astype(np.float64) for part in parts]
+    wide = [part.astype(np.float64) for part in parts.values()]
     expected = kfac_numpy.apply_damped_inverse(gradients, *wide, damping_factor=0.1)
     assert relative_error(result, expected) < DAMPED_INVERSE
 

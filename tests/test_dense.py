@@ -14,7 +14,7 @@ from flax import nnx
 
 from jhessians import Covariance, Linear, Problem, find_sites, fit
 from jhessians.folds.shampoo import Shampoo
-from jhessians.folds.tkfac import TraceCovariance
+from jhessians.folds.tkfac import TKFAC
 from tests.small import relative_error
 from tests.tolerances import FACTORS
 
@@ -74,7 +74,7 @@ def data(request):
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("method", [Covariance(), TraceCovariance(), Shampoo()], ids=type)
+@pytest.mark.parametrize("method", [Covariance(), TKFAC(), Shampoo()], ids=type)
 def test_factors_follow_from_the_full_matrix(method, bias, data):
     network = Network(nnx.Rngs(0))
     n, s = data.inputs.shape[:2]
@@ -92,7 +92,7 @@ def test_factors_follow_from_the_full_matrix(method, bias, data):
         if isinstance(method, Shampoo):
             assert relative_error(found_a, by_input / trace) < FACTORS
             assert relative_error(found_s, by_output) < FACTORS
-        elif isinstance(method, TraceCovariance) and s == 1:
+        elif isinstance(method, TKFAC) and s == 1:
             # With a position each, a document's matrix is one Kronecker product.
             assert relative_error(found_a, by_input) < FACTORS
             assert relative_error(found_s, by_output) < FACTORS
@@ -122,7 +122,7 @@ def test_a_wrong_method_is_told_apart(data):
     found = [
         fit(problem, [data], positions=n * s, documents=n, method=method,
             correct_eigenvalues=False)["activation_covariance"]["second"]
-        for method in (Covariance(), TraceCovariance(), Shampoo())
+        for method in (Covariance(), TKFAC(), Shampoo())
     ]  # fmt: skip
     for i, one in enumerate(found):
         for other in found[i + 1 :]:

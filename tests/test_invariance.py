@@ -16,7 +16,7 @@ from jhessians.data.batching import Batch
 from jhessians.data.documents import Documents
 from jhessians.devices.mesh import mark_sharded, parameter_specs
 from jhessians.folds.shampoo import Shampoo
-from jhessians.folds.tkfac import TraceCovariance
+from jhessians.folds.tkfac import TKFAC
 from jhessians.interop.export import ArrayRows, Destination
 from tests import small
 from tests.small import relative_error
@@ -175,7 +175,7 @@ def test_everything_against_everything(family, labels):
         compare(result, expected)
 
 
-@pytest.mark.parametrize("method", [TraceCovariance(), Shampoo()], ids=["tkfac", "shampoo"])
+@pytest.mark.parametrize("method", [TKFAC(), Shampoo()], ids=["tkfac", "shampoo"])
 def test_methods_whose_unit_is_the_document(model, data, method):
     """All documents on one device, or in small batches on eight, each a unit of its own."""
     whole = fit(model, data, small.batches(data, **PLAIN), method=method)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jhessians.capture.site import Site
 from jhessians.devices.precision import HIGHEST
-from jhessians.typing import Array, Bool, Float
+from jhessians.typing import Array, Float, Shaped
 
 Loss = Callable[[Any, Any], Float[Array, "..."]]
 """loss(model, batch): a *sum* over documents, or a vector of such sums, one for each draw.
@@ -22,14 +22,15 @@ Activations = Literal["store", "recompute"]
 """Whether the layers of a stack keep their matrix products for the backward pass."""
 
 
-def position_mask(batch: Any) -> Bool[Array | np.ndarray, "n s"] | None:
+def position_mask(batch: Any) -> Shaped[Array | np.ndarray, "..."] | None:
     """The positions of a batch that count, [document, position]: its `position_mask`.
 
     Args:
         batch: A mapping with such a key or an object with such an attribute.
 
     Returns:
-        The mask; None, which stands for all positions, where there is no such entry.
+        The mask, as it is in the batch (numbers count where they aren't 0); None, which stands for
+        all positions, where there is no such entry.
 
     Raises:
         ValueError: If there is no such entry, but another one whose name ends in "mask", such as

@@ -39,15 +39,17 @@ def unpack(
     Args:
         fold: What was summed.
         sites: The linears, or the problem that has them.
-        statistics: The sums.
+        statistics: The sums. `Shampoo`, and `TKFAC` that normalizes, end with a division; it is
+            made by `fold.finish(problem.sites, statistics)`, which takes and gives packed sums.
 
     Returns:
         Module's full name → what the fold keeps of it, without padding; linears that read the same
         input have the same activation statistics. `Covariance`, `ReducedCovariance`, `Shampoo`
-        and `TraceCovariance` give {"activation": [I', I'], "gradient": [O, O]}, symmetric;
+        and `TKFAC` give {"activation": [I', I'], "gradient": [O, O]}, symmetric;
         `EigenvalueCorrection` [O, I']; `SecondMoment` {"weight": [O, I]}, or {"row": [O], "col":
         [I]}, and "bias": [O] where that counts; `Gram` [heads · d, d]; a fold of one's own what
-        its `shapes` says. A joint fold's statistic stands under its own name.
+        its `shapes` says. Factors of an expert have "terms", too, how many were summed. A joint
+        fold's statistic stands under its own name.
 
     Raises:
         FoldError: If the statistics are not those of this fold and these linears.

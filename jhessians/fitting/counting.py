@@ -47,12 +47,16 @@ def count(problem: Problem, batches: Iterable[PyTree[np.ndarray]]) -> Counts:
         ValueError: If there is no mask and the linears read different numbers of positions.
     """
     total = np.zeros(3, np.int64)
+    read: dict[Any, int] = {}  # by the shapes of a batch without a mask
     for batch in batches:
         ids, mask = document_ids(batch), problem.mask(batch)
         rows = len(jax.tree.leaves(batch)[0])
         documents = rows if ids is None else int((np.asarray(ids) >= 0).sum())
         if mask is None:
-            total += (_positions_read(problem, batch), documents, documents)
+            shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
+            if shapes not in read:
+                read[shapes] = _positions_read(problem, batch)
+            total += (read[shapes], documents, documents)
         else:
             mask = np.asarray(mask, bool)
             total += (int(mask.sum()), documents, int(mask.any(1).sum()))
@@ -80,7 +84,7 @@ def _positions_read(problem: Problem, batch: PyTree[np.ndarray]) -> int:
             f"without a mask the linears read different numbers of positions, such as {read}; "
             "give the number of positions, or batches with a position_mask"
         )
-    return next(iter(read.values()))
+    return next(iter(read.values()), len(jax.tree.leaves(batch)[0]))
 
 
 class _Read:
@@ -102,5 +106,6 @@ class _Listening:
     def term(
         self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
     ) -> PyTree[Array]:
-        self.read.positions[site.name] = a.shape[0] * a.shape[1]
+        if not site.routed:  # an expert reads some of the positions
+            self.read.positions[site.name] = a.shape[0] * a.shape[1] // site.calls
         return jnp.zeros(1, jnp.float32)

@@ -17,7 +17,7 @@ from jhessians.fitting.eigenbases import (
     eigenvector_shapes,
 )
 from jhessians.fitting.factors import Kinds, correction_tensors, covariance_tensors, eigen_tensors
-from jhessians.fitting.passes import Pass, refuse_tracers
+from jhessians.fitting.passes import Pass, untraced
 from jhessians.fitting.reporting import Reporter, Silent
 from jhessians.folds.correction import EigenvalueCorrection
 from jhessians.folds.covariance import Covariance, FactorFold, routed_terms
@@ -40,12 +40,16 @@ def fit(
 
     Args:
         problem: Loss, model and linears.
-        batches: Read once per pass: a list, not an iterator. With a mesh, this host's rows.
-        positions: How many positions count, over all batches and hosts; counted by default.
-        documents: How many documents there are, those in no batch included; counted by default.
+        batches: Read once per pass, and once more to count: a list, not an iterator. With a mesh,
+            this host's rows.
+        positions: How many positions count, over all batches and hosts. By default those that the
+            batches' masks say, or without masks all.
+        documents: How many documents there are, over all hosts. By default those in the batches, by
+            their `document` numbers (negative ones are none) or else by rows; documents that are in
+            no batch, such as those of one token, are not among them.
         method: The fold that sums the factors; default KFAC's `Covariance`.
         correct_eigenvalues: Whether to make the second pass, which makes KFAC EKFAC.
-        dtype: In which sums are kept and results returned.
+        dtype: Number format of the sums and of the results.
 
     Returns:
         Kind → module's full name → array, as `load_factors` reads it from disk:
@@ -67,9 +71,7 @@ def fit(
     if positions is None or documents is None or fold.unit != "position":
         if not problem.sites:
             raise ValueError(NO_LINEARS)
-        for batch in batches:
-            refuse_tracers(problem, batch)
-        counted = count(problem, batches)
+        counted = count(problem, untraced(problem, batches))
         terms = counted.terms(fold.unit) if positions is None or fold.unit != "position" else None
         positions = counted.positions if positions is None else positions
         documents = counted.documents if documents is None else documents

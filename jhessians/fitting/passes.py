@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from jhessians.capture.checks import require_fit
 from jhessians.capture.fold import Fold, JointFold
 from jhessians.capture.problem import Problem
 from jhessians.capture.site import Operands, Statistics
@@ -40,12 +41,12 @@ class Pass:
     """One fold's pass, whose step is compiled once for each shape of a batch.
 
     Args:
-        fold: What to compute.
-        problem: On which model and linears.
-        dtype: Of the sums.
+        fold: What to compute at every linear.
+        problem: Loss, model, linears and devices.
+        dtype: Number format of the sums; by default the one that the fold's shapes name.
     """
 
-    def __init__(self, fold: Fold | JointFold, problem: Problem, *, dtype: DTypeLike = jnp.float32):
+    def __init__(self, fold: Fold | JointFold, problem: Problem, *, dtype: DTypeLike | None = None):
         self.fold, self.problem, self.dtype = fold, problem, dtype
         graph, self._state = nnx.split(problem.model)
 
@@ -66,6 +67,7 @@ class Pass:
 
         self._step = step
         self._ahead: threading.Thread | None = None
+        self._checked = False
 
     def run(
         self,
@@ -80,6 +82,9 @@ class Pass:
         statistics = self.initialize()
         done, running = 0, None
         for group in self._groups(batches):
+            if not self._checked:
+                check_fold(self.fold, self.problem, group[0], statistics, operands)
+                self._checked = True
             statistics, losses = self._step(*self._arguments(group, statistics, operands))
             # The host is one call ahead of the devices, never more.
             if running:
@@ -145,8 +150,7 @@ class Pass:
         """Batches in order, those of one call together."""
         group: list[PyTree[np.ndarray]] = []
         size = 1  # a pass begins with one, to show soon how it goes on
-        for batch in batches:
-            refuse_tracers(self.problem, batch)
+        for batch in untraced(self.problem, batches):
             if group and (len(group) == size or _shapes(batch) != _shapes(group[0])):
                 yield group
                 size, group = self._batches_of_a_call(batch), []
@@ -179,39 +183,86 @@ def run_pass(
     problem: Problem,
     batches: Iterable[PyTree[np.ndarray]],
     *,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
     operands: Operands | None = None,
     advance: Callable[[int], None] = lambda positions: None,
 ) -> Statistics:
     """Sum a fold over all batches.
 
     Args:
-        fold: What to compute.
-        problem: On which model and linears.
+        fold: What to compute at every linear.
+        problem: Loss, model, linears and devices.
         batches: This host's rows of each batch, as numpy.
-        dtype: Of the sums.
+        dtype: Number format of the sums; by default the one that the fold's shapes name.
         operands: Further arrays that the fold needs, by site.
-        advance: Called when a call's batches are done, with how many positions counted in them: on
-            several hosts estimated from this one's.
+        advance: Called when some batches are done, with how many of their positions counted. With
+            several hosts it is an estimate from those of this host.
+
+    Returns:
+        The sums, packed and by site; `unpack` makes whole arrays of them, by module.
 
     Raises:
+        FoldError: If a term has another shape than the fold's `shapes` says, a statistic is a
+            scalar, or an operand is missing.
         NumericsError: If a batch's loss isn't finite.
+        TypeError: Inside a caller's own jit.
+        ValueError: As in `accumulate`.
     """
     return Pass(fold, problem, dtype=dtype).run(batches, operands=operands, advance=advance)
 
 
-def refuse_tracers(problem: Problem, batch: PyTree) -> None:
-    """Say what to call instead where a pass stands inside a caller's own `jit`.
+def check_fold(
+    fold: Fold | JointFold,
+    problem: Problem,
+    batch: PyTree[np.ndarray],
+    statistics: Statistics,
+    operands: Operands | None,
+) -> None:
+    """Check a fold outside of jit, which would add lines of its own to the error.
+
+    Args:
+        fold: What to compute at every linear.
+        problem: Loss, model, linears and devices.
+        batch: This host's rows.
+        statistics: The running sums, or their shapes.
+        operands: Further arrays that the fold needs, by site.
 
     Raises:
-        TypeError: If the model or the batch holds tracers.
+        FoldError, ValueError: As in `require_fit`.
     """
-    leaves = jax.tree.leaves((nnx.state(problem.model), batch))
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        raise TypeError(
-            "a pass over batches can't be traced, since it moves them from host to devices; inside "
-            "your own jax.jit call initialize, accumulate and unpack instead"
-        )
+    mask = problem.mask(batch)
+    require_fit(
+        fold, problem, statistics, operands=operands,
+        documents=len(jax.tree.leaves(batch)[0]) * problem.hosts,
+        positions=None if mask is None else np.shape(mask)[-1],
+    )  # fmt: skip
+
+
+def untraced(
+    problem: Problem, batches: Iterable[PyTree[np.ndarray]]
+) -> Iterator[PyTree[np.ndarray]]:
+    """The batches; says what to call instead where a pass stands inside a caller's own `jit`.
+
+    Args:
+        problem: Its model must not hold tracers.
+        batches: Nor may they.
+
+    Yields:
+        Each batch.
+
+    Raises:
+        TypeError: If the model or a batch holds tracers, or all that is computed is traced.
+    """
+    model = jax.tree.leaves(nnx.state(problem.model))
+    for batch in batches:
+        # Inside jit a pass over constants is traced as well, and so is this zero.
+        leaves = [*model, *jax.tree.leaves(batch), jnp.zeros(())]
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            raise TypeError(
+                "a pass over batches can't be traced, since it moves them from host to devices; "
+                "inside your own jax.jit call initialize, accumulate and unpack instead"
+            )
+        yield batch
 
 
 def _shapes(batch: PyTree[np.ndarray]) -> list[tuple[int, ...]]:

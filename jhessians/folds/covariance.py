@@ -33,7 +33,7 @@ class Covariance:
     adds_calls = True  # sums over positions, whatever call they are of
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
-        shapes: dict[str, Any] = {**factor_shapes(site, self.dtype)}
+        shapes: dict[str, Any] = {**factor_shapes(site, self.dtype, activation=site.owns_input)}
         if site.routed:
             shapes["terms"] = jax.ShapeDtypeStruct((2,), self.dtype)
         return shapes
@@ -103,23 +103,37 @@ class FactorFold(Fold, Protocol):
         ...
 
 
-def factor_shapes(site: Site, dtype: DTypeLike) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
-    """Shapes of a site's packed [O, O] and, unless another site keeps that, packed [I', I']."""
+def factor_shapes(
+    site: Site, dtype: DTypeLike, *, activation: bool
+) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
+    """Shapes of a site's packed [O, O] and, if it keeps an `activation` matrix, packed [I', I']."""
 
     def packed(d: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in packed_shapes(d))
 
     gradient = {"gradient": packed(site.out_features)}
-    return {"activation": packed(site.inputs), **gradient} if site.owns_input else gradient
+    return {"activation": packed(site.inputs), **gradient} if activation else gradient
 
 
 def unpacked_factors(site: Site, own: dict[str, Any], of_input: dict[str, Any]) -> dict[str, Array]:
-    """Whole symmetric [I', I'] and [O, O]: the `unpacked` of every fold of factors."""
+    """Whole symmetric [I', I'] and [O, O]: the `unpacked` of every fold of factors.
+
+    Args:
+        site: The linear.
+        own: Its statistics, packed.
+        of_input: Those of the linear that keeps its input's.
+
+    Returns:
+        `activation` and `gradient`; for experts also `terms`, how many were summed for each.
+    """
+    keeper = own if "activation" in own else of_input
     whole = {
-        "activation": unpack_traced(of_input["activation"], site.inputs),
+        "activation": unpack_traced(keeper["activation"], site.inputs),
         "gradient": unpack_traced(own["gradient"], site.out_features),
     }
-    return whole | {name: x for name, x in own.items() if name not in whole}
+    if "terms" in own:  # two digits, of `two_digits`
+        whole["terms"] = 256 * own["terms"][..., 0] + own["terms"][..., 1]
+    return whole
 
 
 def divide_activation_by_trace(sites: Mapping[str, Site], statistics: Statistics) -> Statistics:

@@ -37,7 +37,7 @@ class ReducedCovariance:
     unit = "document"
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
-        shapes: dict[str, Any] = {**factor_shapes(site, self.dtype)}
+        shapes: dict[str, Any] = {**factor_shapes(site, self.dtype, activation=site.owns_input)}
         if site.routed:
             shapes["terms"] = jax.ShapeDtypeStruct((2,), self.dtype)
         return shapes

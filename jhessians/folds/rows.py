@@ -19,16 +19,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jhessians.capture.fold import Context
 from jhessians.capture.site import Site
+from jhessians.errors import ConfigError
 from jhessians.folds.covariance import masked, with_ones
 from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.linalg.projection import Projection, Role, project_global
-from jhessians.typing import Array, DTypeLike, Float, UInt32
+from jhessians.typing import Array, DTypeLike, Float, PyTree, UInt32
 
 TOKENS_AT_ONCE = 16  # whose gradients exist together where Adam scales every entry
 
@@ -100,6 +102,37 @@ class GradientRows:
         columns = site.out_features // self.head_count(site) * site.inputs
         units = self.unit_names(site, module)
         return np.concatenate([self.projection.global_keys(unit, columns) for unit in units])
+
+    def document_shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
+        """The row of one document, for `jhessians.map_documents`.
+
+        Args:
+            site: The linear.
+
+        Returns:
+            [d], or [head, d] of a module that is split into heads.
+
+        Raises:
+            ConfigError: If rows are of tokens.
+        """
+        if self.tokens:
+            raise ConfigError("the rows are of tokens; expected rows of documents: tokens=False")
+        heads = (self.heads,) if site.name in self.split else ()
+        return jax.ShapeDtypeStruct((*heads, self.unit_size(site)), self.dtype)
+
+    def document_rows(
+        self,
+        site: Site,
+        a: Float[Array, "n s i"],
+        g: Float[Array, "n s o"],
+        operands: Mapping[str, Any],
+        context: Context,
+    ) -> PyTree[Array]:
+        """The batch's rows; arguments as in `DocumentFold.document_rows`."""
+        u, v, factor = self.factors(site, a, g, operands, context)
+        keys = self.unit_keys(site, operands, context, count=2)
+        rows = jax.vmap(self.of_unit, in_axes=(0, None, 0, 0), out_axes=1)(u, v, factor, keys)
+        return rows.reshape(len(rows), *self.document_shapes(site).shape)
 
     def factors(
         self,

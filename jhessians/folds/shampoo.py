@@ -38,7 +38,7 @@ class Shampoo:
     unit = "position"
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
-        return factor_shapes(site, self.dtype)
+        return factor_shapes(site, self.dtype, activation=True)
 
     def term(
         self,

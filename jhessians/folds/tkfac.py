@@ -25,7 +25,7 @@ from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 
 @dataclass(frozen=True)
-class TraceCovariance:
+class TKFAC:
     """Each document's two covariances, weighted by the trace of the other one.
 
     Attributes:
@@ -39,7 +39,7 @@ class TraceCovariance:
     unit = "position"
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
-        return factor_shapes(site, self.dtype)
+        return factor_shapes(site, self.dtype, activation=True)
 
     def term(
         self,

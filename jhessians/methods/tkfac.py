@@ -32,9 +32,9 @@ class TKFACOptions:
 
 def fold(options: TKFACOptions, dtype: np.dtype) -> FactorFold:
     """Each document's factors, weighted by the trace of the other."""
-    from jhessians.folds.tkfac import TraceCovariance
+    from jhessians.folds.tkfac import TKFAC
 
-    return TraceCovariance(dtype, options.normalize_trace)
+    return TKFAC(dtype, options.normalize_trace)
 
 
 TKFAC = FactoredMethod(

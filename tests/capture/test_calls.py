@@ -16,7 +16,7 @@ from jhessians.folds.reduced import ReducedCovariance
 from jhessians.folds.rows import GradientRows
 from jhessians.folds.second_moment import SecondMoment
 from jhessians.folds.shampoo import Shampoo
-from jhessians.folds.tkfac import TraceCovariance
+from jhessians.folds.tkfac import TKFAC
 from jhessians.linalg.projection import Projection
 from jhessians.linalg.symmetric import unpack
 from tests import small
@@ -198,7 +198,7 @@ FOLDS = {
             np.einsum("noi,npi->op", *[per_document(calls, mask)[0]] * 2),
         ),
     ),
-    "tkfac": (TraceCovariance(), trace_pair),
+    "tkfac": (TKFAC(), trace_pair),
     "covariance": (Covariance(), covariance_pair),
     "reduced": (ReducedCovariance(), reduced_pair),
     "second moment": (

@@ -64,7 +64,7 @@ def test_unpack_gives_whole_factors_inside_jit(devices):
         jhessians.Shampoo(),
         jhessians.EigenvalueCorrection(),
         jhessians.SecondMoment(),
-        jhessians.TraceCovariance(),
+        jhessians.TKFAC(),
     ],
 )
 def test_unpack_cuts_what_the_mesh_pads(fold):
@@ -74,10 +74,6 @@ def test_unpack_cuts_what_the_mesh_pads(fold):
     for devices in (1, 7):
         batches = small.batches(data, devices=devices)
         sites = jhessians.find_sites(loss, model, batches[0])
-        if not getattr(fold, "shares_inputs", True):
-            from jhessians.capture.sites import unshared
-
-            sites = unshared(sites)
         mesh = jhessians.make_mesh(devices) if devices > 1 else None
         problem = jhessians.Problem(loss, model, sites, mesh=mesh)
         operands = None

@@ -7,7 +7,7 @@ import pytest
 from jhessians.capture.fold import Context
 from jhessians.capture.site import Site
 from jhessians.folds.shampoo import Shampoo
-from jhessians.folds.tkfac import TraceCovariance
+from jhessians.folds.tkfac import TKFAC
 from jhessians.linalg.symmetric import packed_trace, unpack
 from tests.small import relative_error
 from tests.tolerances import FACTORS
@@ -48,7 +48,7 @@ def test_tkfac(i, o, s, ones):
         covariance_a, covariance_s = a_si.T @ a_si, g_so.T @ g_so
         expected_a = expected_a + np.trace(covariance_s) * covariance_a
         expected_s = expected_s + np.trace(covariance_a) * covariance_s
-    found_a, found_s = factors(TraceCovariance(), i, o, a, g, mask, ones=ones)
+    found_a, found_s = factors(TKFAC(), i, o, a, g, mask, ones=ones)
     assert relative_error(found_a, expected_a) < FACTORS
     assert relative_error(found_s, expected_s) < FACTORS
 
@@ -70,12 +70,12 @@ def test_shampoo(i, o, s, ones):
 def test_the_papers_trace_restriction():
     """With the trace divided out, the trace of A ⊗ S is that of the sum of A_n ⊗ S_n."""
     a, g, mask = documents(5, 7, 11)
-    found_a, found_s = factors(TraceCovariance(normalize=True), 5, 7, a, g, mask)
+    found_a, found_s = factors(TKFAC(normalize=True), 5, 7, a, g, mask)
     exact = sum(
         np.trace(x.T @ x) * np.trace(y.T @ y) for x, y in by_document(a, g, mask, ones=False)
     )
     assert np.trace(found_a) * np.trace(found_s) == pytest.approx(exact, rel=FACTORS)
-    plain_a, _ = factors(TraceCovariance(), 5, 7, a, g, mask)
+    plain_a, _ = factors(TKFAC(), 5, 7, a, g, mask)
     assert np.trace(plain_a) == pytest.approx(exact, rel=FACTORS)
 
 
@@ -88,7 +88,7 @@ def test_a_module_that_saw_nothing_has_zero_factors():
 def test_documents_are_units_however_they_are_batched():
     a, g, mask = documents(6, 9, 10)
     site = Site("linear", 6, 9, use_bias=False, input_site="linear")
-    for fold in (TraceCovariance(), Shampoo()):
+    for fold in (TKFAC(), Shampoo()):
         terms = [
             fold.term(site, jnp.asarray(a[k : k + 1]), jnp.asarray(g[k : k + 1]), {},
                       Context(mask=jnp.asarray(mask[k : k + 1])))
