@@ -32,7 +32,7 @@ _MODULES = {
     "fitting.fit": ("fit",),
     "fitting.passes": ("run_pass",),
     "folds.correction": ("EigenvalueCorrection",),
-    "folds.covariance": ("Covariance",),
+    "folds.covariance": ("Covariance", "FactorFold"),
     "folds.documents": ("DocumentGradients", "DocumentSquaredNorms"),
     "folds.gram": ("Gram", "JointGram"),
     "folds.normalizers": ("AdafactorNormalizer", "AdamNormalizer"),

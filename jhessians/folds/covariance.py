@@ -19,8 +19,49 @@ from jhessians.linalg.symmetric import packed_gram, packed_shapes, packed_trace,
 from jhessians.typing import Array, DTypeLike, Float, Int, PyTree
 
 
+@runtime_checkable
+class FactorFold(Fold, Protocol):
+    """A fold that sums two packed matrices for every linear: one of its inputs, one of gradients.
+
+    A fold of this kind inherits from it, and says `shapes` and `term`.
+
+    Attributes:
+        shares_inputs: Whether linears that read the same array have the same activation matrix.
+        unit: What a term of the sums stands for; eigenvalues are of means over these.
+    """
+
+    shares_inputs: bool
+    unit: str = "position"
+
+    def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
+        """Turn the sums over the whole data set into the factors; as a rule they are."""
+        return statistics
+
+    def unpacked(
+        self, site: Site, own: dict[str, Any], of_input: dict[str, Any]
+    ) -> dict[str, Array]:
+        """Whole symmetric [I', I'] and [O, O], as `jhessians.unpack` gives them.
+
+        Args:
+            site: The linear.
+            own: Its statistics, packed.
+            of_input: Those of the linear that keeps its input's.
+
+        Returns:
+            `activation` and `gradient`; for experts also `terms`, how many were summed for each.
+        """
+        keeper = own if "activation" in own else of_input
+        whole = {
+            "activation": unpack_traced(keeper["activation"], site.inputs),
+            "gradient": unpack_traced(own["gradient"], site.out_features),
+        }
+        if "terms" in own:  # two digits, of `two_digits`
+            whole["terms"] = 256 * own["terms"][..., 0] + own["terms"][..., 1]
+        return whole
+
+
 @dataclass(frozen=True)
-class Covariance:
+class Covariance(FactorFold):
     """Sums of outer products, packed (`jhessians.linalg.symmetric`).
 
     Attributes:
@@ -29,14 +70,10 @@ class Covariance:
 
     dtype: DTypeLike = jnp.float32
     shares_inputs = True  # A depends on the input alone
-    unit = "position"
     adds_calls = True  # sums over positions, whatever call they are of
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
-        shapes: dict[str, Any] = {**factor_shapes(site, self.dtype, activation=site.owns_input)}
-        if site.routed:
-            shapes["terms"] = jax.ShapeDtypeStruct((2,), self.dtype)
-        return shapes
+        return factor_shapes(site, self.dtype, activation=site.owns_input, terms=site.routed)
 
     def term(
         self,
@@ -52,15 +89,6 @@ class Covariance:
         if site.routed:
             term["terms"] = two_digits(context.mask.sum(), self.dtype)
         return term
-
-    def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
-        return statistics
-
-    def unpacked(
-        self, site: Site, own: dict[str, Any], of_input: dict[str, Any]
-    ) -> dict[str, Array]:
-        """Whole symmetric factors; see `jhessians.unpack`."""
-        return unpacked_factors(site, own, of_input)
 
     def _gram(self, x: Float[Array, "n s d"], context: Context) -> tuple[Array, ...]:
         counted = None if context.mask is None else context.mask.reshape(-1)
@@ -86,54 +114,29 @@ def routed_terms(statistics: Statistics) -> dict[str, np.ndarray]:
     }
 
 
-@runtime_checkable
-class FactorFold(Fold, Protocol):
-    """A fold that sums two packed matrices for every linear: one of its inputs, one of gradients.
-
-    Attributes:
-        shares_inputs: Whether linears that read the same array have the same activation matrix.
-        unit: What a term of the sums stands for; eigenvalues are of means over these.
-    """
-
-    shares_inputs: bool
-    unit: str
-
-    def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
-        """Turn the sums over the whole data set into the factors."""
-        ...
-
-
 def factor_shapes(
-    site: Site, dtype: DTypeLike, *, activation: bool
-) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
-    """Shapes of a site's packed [O, O] and, if it keeps an `activation` matrix, packed [I', I']."""
+    site: Site, dtype: DTypeLike, *, activation: bool, terms: bool = False
+) -> dict[str, Any]:
+    """Shapes of a site's factors.
+
+    Args:
+        site: The linear.
+        dtype: Number format of the sums.
+        activation: Whether it keeps an activation matrix of its own.
+        terms: Whether it counts its terms.
+
+    Returns:
+        Packed [O, O], packed [I', I'] and the count's two digits, as far as there are.
+    """
 
     def packed(d: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in packed_shapes(d))
 
-    gradient = {"gradient": packed(site.out_features)}
-    return {"activation": packed(site.inputs), **gradient} if activation else gradient
-
-
-def unpacked_factors(site: Site, own: dict[str, Any], of_input: dict[str, Any]) -> dict[str, Array]:
-    """Whole symmetric [I', I'] and [O, O]: the `unpacked` of every fold of factors.
-
-    Args:
-        site: The linear.
-        own: Its statistics, packed.
-        of_input: Those of the linear that keeps its input's.
-
-    Returns:
-        `activation` and `gradient`; for experts also `terms`, how many were summed for each.
-    """
-    keeper = own if "activation" in own else of_input
-    whole = {
-        "activation": unpack_traced(keeper["activation"], site.inputs),
-        "gradient": unpack_traced(own["gradient"], site.out_features),
-    }
-    if "terms" in own:  # two digits, of `two_digits`
-        whole["terms"] = 256 * own["terms"][..., 0] + own["terms"][..., 1]
-    return whole
+    shapes: dict[str, Any] = {"activation": packed(site.inputs)} if activation else {}
+    shapes["gradient"] = packed(site.out_features)
+    if terms:
+        shapes["terms"] = jax.ShapeDtypeStruct((2,), dtype)
+    return shapes
 
 
 def divide_activation_by_trace(sites: Mapping[str, Site], statistics: Statistics) -> Statistics:

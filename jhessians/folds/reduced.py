@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from jhessians.capture.fold import Context
-from jhessians.capture.site import Site, Statistics
+from jhessians.capture.site import Site
 from jhessians.folds.covariance import (
+    FactorFold,
     factor_shapes,
     masked,
     two_digits,
-    unpacked_factors,
     with_ones,
 )
 from jhessians.linalg.symmetric import packed_gram
@@ -25,7 +25,7 @@ from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 
 @dataclass(frozen=True)
-class ReducedCovariance:
+class ReducedCovariance(FactorFold):
     """Sums over documents of outer products, packed (`jhessians.linalg.symmetric`).
 
     Attributes:
@@ -37,10 +37,7 @@ class ReducedCovariance:
     unit = "document"
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
-        shapes: dict[str, Any] = {**factor_shapes(site, self.dtype, activation=site.owns_input)}
-        if site.routed:
-            shapes["terms"] = jax.ShapeDtypeStruct((2,), self.dtype)
-        return shapes
+        return factor_shapes(site, self.dtype, activation=site.owns_input, terms=site.routed)
 
     def term(
         self,
@@ -61,15 +58,6 @@ class ReducedCovariance:
         if site.routed:
             term["terms"] = two_digits((counts > 0).sum(dtype=jnp.int32), self.dtype)
         return term
-
-    def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
-        return statistics
-
-    def unpacked(
-        self, site: Site, own: dict[str, Any], of_input: dict[str, Any]
-    ) -> dict[str, Array]:
-        """Whole symmetric factors; see `jhessians.unpack`."""
-        return unpacked_factors(site, own, of_input)
 
     def _gram(self, x: Float[Array, "n d"], context: Context) -> tuple[Array, ...]:
         return packed_gram(x.astype(self.dtype), multiple=context.shards, dtype=self.dtype)

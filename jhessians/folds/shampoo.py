@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jhessians.capture.fold import Context
 from jhessians.capture.site import Site, Statistics
 from jhessians.folds.covariance import (
+    FactorFold,
     divide_activation_by_trace,
     factor_shapes,
     masked,
-    unpacked_factors,
     with_ones,
 )
 from jhessians.linalg.symmetric import packed_product
@@ -26,7 +26,7 @@ from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 
 @dataclass(frozen=True)
-class Shampoo:
+class Shampoo(FactorFold):
     """Sums over documents of G_nᵀ G_n and of G_n G_nᵀ.
 
     Attributes:
@@ -35,7 +35,6 @@ class Shampoo:
 
     dtype: DTypeLike = jnp.float32
     shares_inputs = False  # A depends on the gradients too
-    unit = "position"
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
         return factor_shapes(site, self.dtype, activation=True)
@@ -55,12 +54,6 @@ class Shampoo:
 
     def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
         return divide_activation_by_trace(sites, statistics)
-
-    def unpacked(
-        self, site: Site, own: dict[str, Any], of_input: dict[str, Any]
-    ) -> dict[str, Array]:
-        """Whole symmetric factors; see `jhessians.unpack`."""
-        return unpacked_factors(site, own, of_input)
 
 
 def _second_moment(

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jhessians.capture.fold import Context
 from jhessians.capture.site import Site, Statistics
 from jhessians.folds.covariance import (
+    FactorFold,
     divide_activation_by_trace,
     factor_shapes,
     masked,
-    unpacked_factors,
     with_ones,
 )
 from jhessians.linalg.symmetric import packed_product
@@ -25,7 +25,7 @@ from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 
 @dataclass(frozen=True)
-class TKFAC:
+class TKFAC(FactorFold):
     """Each document's two covariances, weighted by the trace of the other one.
 
     Attributes:
@@ -36,7 +36,6 @@ class TKFAC:
     dtype: DTypeLike = jnp.float32
     normalize: bool = False
     shares_inputs = False  # A depends on the gradients too
-    unit = "position"
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
         return factor_shapes(site, self.dtype, activation=True)
@@ -58,12 +57,6 @@ class TKFAC:
 
     def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
         return divide_activation_by_trace(sites, statistics) if self.normalize else statistics
-
-    def unpacked(
-        self, site: Site, own: dict[str, Any], of_input: dict[str, Any]
-    ) -> dict[str, Array]:
-        """Whole symmetric factors; see `jhessians.unpack`."""
-        return unpacked_factors(site, own, of_input)
 
 
 def _traces(x: Float[Array, "n s d"]) -> Float[Array, " n"]:
