@@ -34,6 +34,9 @@ def checked(function: Callable) -> Callable:
 
     Others are left to mypy: some check what they are given themselves and say it in one line. So
     are functions inside of functions, of which a checker would be compiled at every call.
+
+    jaxtyping makes `Any` of an annotation with a name that its module lacks at run time, such as
+    one imported for type checkers alone; `test_checking.py` finds a shape among those.
     """
     if "<locals>" in function.__qualname__:
         return function

@@ -41,7 +41,7 @@ def is_shaped(hint: ast.expr | None) -> bool:
 def shaped_names(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Function and argument (or `return`) of each annotation with a shape, of methods as well.
 
-    Functions within functions are left out: they are decorated when the outer one runs.
+    Functions within functions aren't checked, and are left out.
     """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef):

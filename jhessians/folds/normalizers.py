@@ -175,7 +175,7 @@ def _wide(x: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
 
 
 def _at_least_float32(*dtypes: jnp.dtype) -> DTypeLike:
-    return jnp.float64 if any(dtype == jnp.float64 for dtype in dtypes) else jnp.float32
+    return np.dtype("float64" if any(dtype == jnp.float64 for dtype in dtypes) else "float32")
 
 
 def _aligned(x: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:

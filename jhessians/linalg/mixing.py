@@ -73,7 +73,8 @@ def mixed(
     """λ H_query + (1 - λ) H_index, in the query's type."""
     share = query.dtype.type(coefficient)
     rest = query.dtype.type(1 - coefficient)
-    return query * share + index.astype(query.dtype) * rest
+    mixture: np.ndarray = query * share + index.astype(query.dtype) * rest
+    return mixture
 
 
 def _largest(values: Float[np.ndarray, " d"], k: int) -> float:
