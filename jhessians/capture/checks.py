@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jhessians.capture.documents import PerDocument
+from jhessians.capture.documents import PerDocument, PerDocumentJointly
 from jhessians.capture.fold import Context, Fold, JointFold
 from jhessians.capture.problem import Problem
 from jhessians.capture.site import Operands, Site, Statistics
@@ -103,7 +103,8 @@ def require_fit(
 
 def fold_name(fold: Any) -> str:
     """The name of a fold's class, for messages."""
-    return type(fold.fold if isinstance(fold, PerDocument) else fold).__name__
+    wrapped = isinstance(fold, PerDocument | PerDocumentJointly)
+    return type(fold.fold if wrapped else fold).__name__
 
 
 def _words(fold: Any) -> tuple[str, str]:

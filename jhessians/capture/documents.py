@@ -67,10 +67,58 @@ class PerDocument:
         return self.fold.document_rows(site, a, g, operands, context)
 
 
+@runtime_checkable
+class JointDocumentFold(Protocol):
+    """Something that every document has once, to which each linear adds its share: a score."""
+
+    def joint_shapes(self, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
+        """What there is of one document of so many positions."""
+        ...
+
+    def document_rows(
+        self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
+    ) -> PyTree[Array]:
+        """What a linear adds to the rows, [document, …]; arguments as in `DocumentFold`."""
+        ...
+
+
+@dataclass(frozen=True)
+class PerDocumentJointly:
+    """A `JointDocumentFold` as a joint fold whose statistic is the rows of one batch.
+
+    Attributes:
+        fold: What there is of each document.
+        documents: How many documents a batch has, on all devices together.
+        positions: How many positions they are padded to.
+    """
+
+    fold: JointDocumentFold
+    documents: int
+    positions: int
+    joint = "documents"
+
+    def shapes(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.row_shapes(self.documents, self.positions)
+
+    def row_shapes(self, documents: int, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((documents, *x.shape), x.dtype),
+            self.fold.joint_shapes(positions),
+        )
+
+    def term(
+        self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
+    ) -> PyTree[Array]:
+        return self.fold.document_rows(site, a, g, operands, context)
+
+    def finish_rows(self, rows: PyTree[Array]) -> PyTree[Array]:
+        return rows
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DocumentContext(Context):
-    """The context of `PerDocument`: each device keeps the rows of its own documents."""
+    """The context of folds that sum nothing: each device keeps the rows of its own documents."""
 
     def scatter_rows(self, x: Float[Array, "r *rest"]) -> Float[Array, "r *rest"]:
         return x

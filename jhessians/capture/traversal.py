@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jhessians.capture.checks import require_fit, require_shapes
-from jhessians.capture.documents import DocumentContext, PerDocument
+from jhessians.capture.documents import DocumentContext, PerDocument, PerDocumentJointly
 from jhessians.capture.fold import Context, Fold, JointFold
 from jhessians.capture.linears import attach
 from jhessians.capture.problem import Problem, keep_activations
@@ -216,5 +216,6 @@ def shaped_rows(
 
 
 def _context(fold: Fold | JointFold, mesh: Mesh | None) -> Context:
-    form = DocumentContext if isinstance(fold, PerDocument) else Context
+    summed = not isinstance(fold, PerDocument | PerDocumentJointly)
+    form = Context if summed else DocumentContext
     return form() if mesh is None else form(axes=axis_names(mesh), shards=mesh.size)

@@ -1,15 +1,21 @@
-"""One row for every document of a data set, in its order."""
+"""One row for every document of a data set, in its order; or batch by batch, as they are made."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jhessians.capture.documents import DocumentFold, PerDocument
+from jhessians.capture.checks import fold_name
+from jhessians.capture.documents import (
+    DocumentFold,
+    JointDocumentFold,
+    PerDocument,
+    PerDocumentJointly,
+)
 from jhessians.capture.problem import Problem, document_ids
 from jhessians.capture.site import Operands
 from jhessians.capture.traversal import accumulate, initialize
@@ -18,6 +24,129 @@ from jhessians.devices.mesh import put_batches
 from jhessians.errors import NumericsError
 from jhessians.fitting.passes import COMPILER_OPTIONS, check_fold, untraced
 from jhessians.typing import PyTree
+
+
+class BatchRows(NamedTuple):
+    """What a fold gives for the documents of one batch.
+
+    Attributes:
+        documents: The numbers of the documents in the data, [row]; -1 for rows that only fill up
+            the batch.
+        rows: By site, or of all linears together, arrays [row, …] on the devices; in stacks
+            [member, row, …]. Rows that only fill up hold nothing of use.
+    """
+
+    documents: np.ndarray
+    rows: PyTree[Any]
+
+
+class DocumentPass:
+    """A fold's pass that sums nothing over documents, compiled once for each shape of a batch.
+
+    Args:
+        fold: What to compute for each document: at every linear, or of all linears together.
+        problem: Loss, model, linears and devices, with one draw of labels.
+        finish: Makes what is wanted of a batch's rows, inside the compiled step.
+
+    Raises:
+        ValueError: If the problem has several draws of labels, whose rows would be added.
+    """
+
+    def __init__(
+        self,
+        fold: DocumentFold | JointDocumentFold,
+        problem: Problem,
+        *,
+        finish: Callable[[PyTree[Any], PyTree[Any]], PyTree[Any]] = lambda rows, operands: rows,
+    ):
+        if problem.draws != 1:
+            raise ValueError(f"{problem.draws} draws would be added up in a row; expected 1")
+        self.fold, self.problem, self._checked = fold, problem, False
+        graph, self._state = nnx.split(problem.model)
+
+        @partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
+        def step(state, batch, operands, finishing):
+            here = problem.of(nnx.merge(graph, state))
+            each = self._each(batch, hosts=1)
+            zeros = initialize(each, here)
+            rows, loss = accumulate(each, here, batch, zeros, operands=operands)
+            return finish(rows, finishing), loss
+
+        self._step = step
+
+    def run(
+        self,
+        batches: Iterable[PyTree[np.ndarray]],
+        *,
+        operands: Operands | None = None,
+        finishing: PyTree[Any] = None,
+        advance: Callable[[int], None] = lambda positions: None,
+    ) -> Iterator[BatchRows]:
+        """The rows of each batch in turn; the devices compute the next ones meanwhile.
+
+        Args:
+            batches: This host's rows of each batch. Their entry `document` says which document of
+                the data a row is, -1 for none; without it rows count in the order in which they
+                come.
+            operands: Further arrays that the fold needs, by site.
+            finishing: Further arrays that `finish` needs, its second argument.
+            advance: Called when a batch is done, with how many of its positions counted.
+
+        Yields:
+            Documents and rows.
+
+        Raises:
+            TypeError: Inside a caller's own jit.
+            FoldError: If the fold's rows don't fit its shapes.
+            NumericsError: If a batch's loss isn't finite.
+        """
+        running, seen = None, 0
+        for number, batch in enumerate(untraced(self.problem, batches), start=1):
+            if not self._checked:
+                each = self._each(batch, hosts=self.problem.hosts)
+                zeros = jax.eval_shape(partial(initialize, each, self.problem))
+                check_fold(each, self.problem, batch, zeros, operands)
+                self._checked = True
+            whole = self._on_devices(batch)
+            rows, loss = self._step(self._state, whole, operands or {}, finishing)
+            count = len(jax.tree.leaves(whole)[0])
+            numbers = document_ids(whole)
+            seen += count
+            numbers = np.arange(seen - count, seen) if numbers is None else numbers
+            if running:
+                yield self._finished(*running, advance)
+            running = (number, batch, numbers, rows, loss)
+        if running:
+            yield self._finished(*running, advance)
+
+    def _each(self, batch: PyTree[Any], *, hosts: int) -> PerDocument | PerDocumentJointly:
+        """The fold as one whose statistics are the rows of a batch."""
+        documents = len(jax.tree.leaves(batch)[0]) * hosts
+        if isinstance(self.fold, DocumentFold):
+            return PerDocument(self.fold, documents)
+        mask = self.problem.mask(batch)
+        if mask is None:
+            raise ValueError(
+                f"{fold_name(self.fold)} needs the mask of the positions that count; expected "
+                "batches with a position_mask"
+            )
+        return PerDocumentJointly(self.fold, documents, mask.shape[1])
+
+    def _on_devices(self, batch: PyTree[np.ndarray]) -> PyTree[Any]:
+        # The leading axis is that of batches that go to the devices together: here one.
+        alone = put_batches(jax.tree.map(lambda x: np.asarray(x)[None], batch), self.problem.mesh)
+        return jax.tree.map(lambda x: x[0], alone)
+
+    def _finished(self, number, batch, numbers, rows, loss, advance) -> BatchRows:
+        if not np.isfinite(fetch(loss)):
+            raise NumericsError(
+                f"the loss of batch {number} is not finite; check the weights, or compute in "
+                "float32 (`precision` fp32)"
+            )
+        mask = self.problem.mask(batch)
+        if mask is not None:
+            advance(int(mask.sum()) * self.problem.hosts)
+        return BatchRows(fetch(jnp.asarray(numbers)), rows)
 
 
 def map_documents(
@@ -51,53 +180,35 @@ def map_documents(
         FoldError: If the fold's rows don't fit its shapes.
         NumericsError: If a batch's loss isn't finite.
     """
-    if problem.draws != 1:
-        raise ValueError(f"{problem.draws} draws would be added up in a row; expected 1")
-    graph, state = nnx.split(problem.model)
-
-    @partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
-    def step(state, batch, operands):
-        each = PerDocument(fold, len(jax.tree.leaves(batch)[0]))
-        here = problem.of(nnx.merge(graph, state))
-        return accumulate(each, here, batch, initialize(each, here), operands=operands)
-
-    found: list[tuple[np.ndarray, dict[str, Any]]] = []
-    seen = 0
-    for number, batch in enumerate(untraced(problem, batches), start=1):
-        if number == 1:
-            each = PerDocument(fold, len(jax.tree.leaves(batch)[0]) * problem.hosts)
-            zeros = jax.eval_shape(partial(initialize, each, problem))
-            check_fold(each, problem, batch, zeros, operands)
-        # The leading axis is that of batches that go to the devices together: here one.
-        alone = put_batches(jax.tree.map(lambda x: np.asarray(x)[None], batch), problem.mesh)
-        whole = jax.tree.map(lambda x: x[0], alone)
-        rows, loss = step(state, whole, operands or {})
-        if not np.isfinite(fetch(loss)):
-            raise NumericsError(
-                f"the loss of batch {number} is not finite; check the weights, or compute in "
-                "float32 (`precision` fp32)"
-            )
-        count = len(jax.tree.leaves(whole)[0])
-        numbers = document_ids(whole)
-        numbers = np.arange(seen, seen + count) if numbers is None else fetch(jnp.asarray(numbers))
-        seen += count
-        found.append((numbers, jax.tree.map(fetch, rows)))
+    each = DocumentPass(fold, problem).run(batches, operands=operands)
+    found = [(numbers, jax.tree.map(fetch, rows)) for numbers, rows in each]
     if not found:
         raise ValueError("there are no batches; expected at least one")
     ids = [numbers for numbers, _ in found]
-    length = _length(ids, documents)
+    length = count_documents(ids, documents)
     return {
         module: jax.tree.map(
-            lambda *parts: _in_order(parts, ids, length),
-            *[_member(rows[site.name], slot) for _, rows in found],
+            lambda *parts: in_order(parts, ids, length),
+            *[member_rows(rows[site.name], slot) for _, rows in found],
         )
         for site in problem.sites.values()
         for slot, module in zip(site.slots, site.module_names(), strict=True)
     }
 
 
-def _length(ids: list[np.ndarray], documents: int | None) -> int:
-    """How many rows the result has."""
+def count_documents(ids: list[np.ndarray], documents: int | None) -> int:
+    """How many rows a result has, one for each document.
+
+    Args:
+        ids: The documents' numbers in each batch, negative ones of no document.
+        documents: How many the data has, if that is known.
+
+    Returns:
+        `documents`, or one more than the largest number.
+
+    Raises:
+        ValueError: If a document is in two rows, or has a number that `documents` doesn't allow.
+    """
     found, times = np.unique(np.concatenate(ids), return_counts=True)
     times = times[found >= 0]
     found = found[found >= 0]
@@ -112,13 +223,13 @@ def _length(ids: list[np.ndarray], documents: int | None) -> int:
     return largest + 1 if documents is None else documents
 
 
-def _member(tree: PyTree[np.ndarray], slot: int | None) -> PyTree[np.ndarray]:
+def member_rows(tree: PyTree[Any], slot: int | None) -> PyTree[Any]:
     """One module's rows of a stack's, [document, …]."""
     return tree if slot is None else jax.tree.map(lambda x: x[slot], tree)
 
 
-def _in_order(parts: Iterable[np.ndarray], ids: list[np.ndarray], length: int) -> np.ndarray:
-    """The rows of all batches where their documents stand in the data."""
+def in_order(parts: Iterable[np.ndarray], ids: list[np.ndarray], length: int) -> np.ndarray:
+    """The rows of all batches where their documents stand in the data, [document, …]."""
     parts = list(parts)
     result = np.zeros((length, *parts[0].shape[1:]), parts[0].dtype)
     for part, numbers in zip(parts, ids, strict=True):

@@ -4,7 +4,7 @@ import pytest
 
 from jhessians.capture.site import Site
 from jhessians.commands.compute.config import ComputeConfig
-from jhessians.commands.compute.selection import select_sites
+from jhessians.commands.selection import select_sites
 from jhessians.errors import ConfigError
 
 LAYERS, EXPERTS = 2, 3

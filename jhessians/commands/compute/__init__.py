@@ -1,7 +1,7 @@
 """`compute`: fit the Hessian approximation of a model on a data set.
 
-`config.py` holds its options, `pipeline.py` the work; `selection.py` says which linears are
-recorded, `next_steps.py` what a user may do with the result.
+`config.py` holds its options, `pipeline.py` the work; `next_steps.py` says what a user may do with
+the result.
 """
 
 from __future__ import annotations

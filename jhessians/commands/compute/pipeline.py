@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
@@ -13,24 +13,18 @@ from jax.sharding import Mesh
 
 import converters.hub
 import converters.parameter_order
-import converters.registry
-from jhessians import demo
 from jhessians.capture.coverage import Sites
 from jhessians.capture.problem import Activations, Problem
-from jhessians.capture.sites import find_sites
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.next_steps import next_steps
-from jhessians.commands.compute.selection import select_sites
+from jhessians.commands.problem import Inputs, find_linears, load_model, read_inputs
 from jhessians.config.option import name_flags, options_of
 from jhessians.config.units import bytes_in_words
-from jhessians.data.batches import Batches
-from jhessians.data.batching import plan_batches
-from jhessians.data.sources import DataOptions, load_documents
-from jhessians.devices.hosts import require_same, start_hosts, together
+from jhessians.devices.hosts import start_hosts, together
 from jhessians.devices.memory import free_memory
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
-from jhessians.errors import CheckpointError, ConfigError
+from jhessians.errors import ConfigError
 from jhessians.fitting import activations
 from jhessians.fitting.partitions import AUTOMATIC, needed_partitions
 from jhessians.interop.export import Destination, write_config
@@ -79,7 +73,13 @@ def compute(config: ComputeConfig) -> Summary:
             around=recorder.around,
             reword=partial(name_flags, names=names),
         )
-        inputs = _read_inputs(config, mesh, progress)
+        inputs = read_inputs(config, mesh, progress, token_batch_size=config.token_batch_size)
+        if inputs.is_adapter and config.optimizer_state is not None:
+            raise ConfigError(
+                f"--optimizer_state is given, but {inputs.model_name} is an adapter, whose "
+                "parameters' order in an optimizer isn't known here; estimate with --normalizer "
+                "adam"
+            )
         problem, sites = _load_problem(config, inputs, mesh, progress)
         config = _settled(config, inputs, problem, mesh, progress)
         problem = replace(problem, activations=cast(Activations, config.activations))
@@ -115,7 +115,7 @@ def compute(config: ComputeConfig) -> Summary:
     trees, disk_bytes = measure_trees(config.run_path) if first else ([], 0)
     shell, python = next_steps(
         config, model=inputs.model_name, dataset=inputs.dataset_name, shards=shards,
-        model_max_length=inputs.positions,
+        model_max_length=inputs.shape.positions,
     )  # fmt: skip
     return Summary(
         run_path=config.run_path,
@@ -140,67 +140,14 @@ def compute(config: ComputeConfig) -> Summary:
     )
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What a run works on.
-
-    Attributes:
-        model_name, dataset_name: The demo's too.
-        settings: transformers' config of the model.
-        positions: Tokens that the model's positions allow.
-        batches: The data set.
-    """
-
-    model_name: str
-    dataset_name: str
-    settings: Any
-    positions: int
-    batches: Batches
-
-
-def _read_inputs(config: ComputeConfig, mesh: Mesh, progress: Progress) -> _Inputs:
-    """Read settings and data, the cheap and error-prone things, before any weights."""
-    model_name = str(demo.MODEL) if config.is_demo else str(config.model)
-    dataset_name = str(demo.DATASET) if config.is_demo else str(config.dataset)
-    with progress.stage("Data"), together():
-        source = converters.hub.find(model_name, config.revision)
-        if source.adapter is not None and config.optimizer_state is not None:
-            raise ConfigError(
-                f"--optimizer_state is given, but {model_name} is an adapter, whose parameters' "
-                "order in an optimizer isn't known here; estimate with --normalizer adam"
-            )
-        settings = converters.registry.read_config(source.folder)
-        shape = converters.decoder_config(settings)
-        documents = load_documents(
-            _data_options(config, dataset_name),
-            _tokenizer(config, model_name),
-            max_length=min(shape.positions, config.token_batch_size),
-            vocab_size=shape.vocabulary_size,
-        )
-        plan = plan_batches(
-            documents.lengths,
-            token_batch_size=config.token_batch_size,
-            devices=mesh.size,
-            max_length=shape.positions,
-        )
-    require_same("data sets", documents.tokens, documents.labels, documents.offsets)
-    batches = Batches(documents, plan)
-    return _Inputs(model_name, dataset_name, settings, shape.positions, batches)
-
-
 def _load_problem(
-    config: ComputeConfig, inputs: _Inputs, mesh: Mesh, progress: Progress
+    config: ComputeConfig, inputs: Inputs, mesh: Mesh, progress: Progress
 ) -> tuple[Problem, Sites]:
     """Load the weights and find the linears that the options take in."""
-    spread = mesh if mesh.size > 1 else None
-    with progress.stage("Model"), together():
-        model = converters.load(
-            inputs.model_name,
-            dtype=DTYPES[config.precision][1],
-            revision=config.revision,
-            mesh=spread,
-            fsdp=config.fsdp and spread is not None,
-        ).model
+    model = load_model(
+        inputs, mesh, progress,
+        precision=config.precision, revision=config.revision, fsdp=config.fsdp,
+    )  # fmt: skip
     loss = NextTokenLoss(
         labels="dataset" if config.takes_dataset_labels else "sampled",
         reduction=config.gradient_reduction,
@@ -209,19 +156,17 @@ def _load_problem(
         function="log_odds" if config.loss_fn == "log_odds" else "cross_entropy",
         label_smoothing=config.label_smoothing,
     )
-    example = next(iter(inputs.batches))
-    sites = find_sites(loss, model, example, include_bias=config.include_bias)
-    family = converters.registry.family_of(inputs.settings)
-    sites = select_sites(sites, config, family.base_prefix, progress.note)
+    sites = find_linears(loss, model, inputs, config, progress.note)
     problem = Problem(
         loss, model, sites,
-        mesh=spread, draws=config.mc_samples, matmul_precision=config.matmul_precision,
+        mesh=mesh if mesh.size > 1 else None,
+        draws=config.mc_samples, matmul_precision=config.matmul_precision,
     )  # fmt: skip
     return problem, sites
 
 
 def _settled(
-    config: ComputeConfig, inputs: _Inputs, problem: Problem, mesh: Mesh, progress: Progress
+    config: ComputeConfig, inputs: Inputs, problem: Problem, mesh: Mesh, progress: Progress
 ) -> ComputeConfig:
     """The options with everything settled that they leave to the model and the memory."""
     sites, dtype = problem.sites, _sum_dtype(config)
@@ -247,7 +192,7 @@ def _settled(
     return replace(config, module_partitions=partitions, activations=choice, **settled)
 
 
-def _write_config(run: Run, config: ComputeConfig, inputs: _Inputs, mesh: Mesh) -> None:
+def _write_config(run: Run, config: ComputeConfig, inputs: Inputs, mesh: Mesh) -> None:
     """The configuration that replays the run, and says where it ran."""
     document = config.document(
         model=inputs.model_name, dataset=inputs.dataset_name, shards=run.destination.shards,
@@ -259,26 +204,3 @@ def _write_config(run: Run, config: ComputeConfig, inputs: _Inputs, mesh: Mesh) 
 def _sum_dtype(config: ComputeConfig) -> np.dtype:
     """Wide enough for sums, even where results are stored in 16 bits."""
     return np.promote_types(np.float32, DTYPES[config.hessian_dtype][1])
-
-
-def _tokenizer(config: ComputeConfig, model_name: str) -> Any:
-    name = config.tokenizer or model_name
-    revision = None if config.tokenizer else config.revision
-    tokenizer = converters.load_tokenizer(name, revision)
-    if tokenizer is None:
-        raise CheckpointError(f"{name} has no tokenizer; name one with --tokenizer")
-    return tokenizer
-
-
-def _data_options(config: ComputeConfig, dataset: str) -> DataOptions:
-    return DataOptions(
-        dataset=dataset,
-        split=config.split,
-        subset=config.subset,
-        prompt_column=config.prompt_column,
-        completion_column=config.completion_column,
-        conversation_column=config.conversation_column,
-        truncation=config.truncation,
-        chunk_length=config.chunk_length,
-        max_tokens=config.max_tokens,
-    )

@@ -6,14 +6,14 @@ from fnmatch import fnmatchcase
 from jhessians.capture.coverage import Sites
 from jhessians.capture.site import Site
 from jhessians.capture.sites import restrict
-from jhessians.commands.compute.config import ComputeConfig
 from jhessians.config.option import matching
+from jhessians.config.statistics import StatisticsOptions
 from jhessians.errors import ConfigError
 
 
 def select_sites(
     sites: Mapping[str, Site],
-    config: ComputeConfig,
+    config: StatisticsOptions,
     base_prefix: str,
     note: Callable[[str], None] = lambda line: None,
 ) -> Sites:

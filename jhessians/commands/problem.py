@@ -1,0 +1,222 @@
+"""What commands have in common before they compute: data, weights, and the linears to record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+import converters.hub
+import converters.registry
+from jhessians import demo
+from jhessians.capture.coverage import Sites
+from jhessians.capture.problem import Loss
+from jhessians.capture.sites import find_sites
+from jhessians.commands.selection import select_sites
+from jhessians.config.inputs import InputOptions
+from jhessians.config.statistics import StatisticsOptions
+from jhessians.data.answers import Tokenizer
+from jhessians.data.batches import Batches
+from jhessians.data.batching import plan_batches
+from jhessians.data.sources import DataOptions, load_documents
+from jhessians.devices.hosts import require_same, together
+from jhessians.errors import CheckpointError
+from jhessians.interop.layout import DTYPES
+from jhessians.models.config import DecoderConfig
+from jhessians.report.progress import Progress
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run works on.
+
+    Attributes:
+        model_name, dataset_name: The demo's too.
+        settings: transformers' config of the model.
+        shape: The decoder's dimensions.
+        is_adapter: Whether the model is a LoRA adapter.
+        tokenizer: The one that the data were read with.
+        batches: The data set.
+    """
+
+    model_name: str
+    dataset_name: str
+    settings: Any
+    shape: DecoderConfig
+    is_adapter: bool
+    tokenizer: Tokenizer
+    batches: Batches
+
+
+def read_inputs(
+    config: InputOptions, mesh: Mesh, progress: Progress, *, token_batch_size: int
+) -> Inputs:
+    """Read settings and data, the cheap and error-prone things, before any weights.
+
+    Args:
+        config: Names the model and the data set.
+        mesh: The devices.
+        progress: Where the stage is shown.
+        token_batch_size: Tokens that a device takes at once.
+
+    Returns:
+        The data in batches, and what is known of the model.
+
+    Raises:
+        UserError: If the model or the data can't be read, or don't fit one another.
+    """
+    model_name = str(demo.MODEL) if config.is_demo else str(config.model)
+    dataset_name = str(demo.DATASET) if config.is_demo else str(config.dataset)
+    with progress.stage("Data"), together():
+        source = converters.hub.find(model_name, config.revision)
+        settings = converters.registry.read_config(source.folder)
+        shape = converters.decoder_config(settings)
+        tokenizer = _tokenizer(config, model_name)
+        batches = read_batches(
+            data_options(config, dataset_name), tokenizer, shape, mesh,
+            token_batch_size=token_batch_size,
+        )  # fmt: skip
+    require_same_data(batches)
+    return Inputs(
+        model_name, dataset_name, settings, shape, source.adapter is not None, tokenizer, batches
+    )
+
+
+def read_batches(
+    options: DataOptions,
+    tokenizer: Tokenizer,
+    shape: DecoderConfig,
+    mesh: Mesh,
+    *,
+    token_batch_size: int,
+) -> Batches:
+    """A data set in batches that the devices can take.
+
+    Args:
+        options: What to read.
+        tokenizer: Makes its tokens.
+        shape: The decoder's, for its positions and vocabulary.
+        mesh: The devices.
+        token_batch_size: Tokens that a device takes at once.
+
+    Returns:
+        The documents with their plan.
+
+    Raises:
+        UserError: If the data can't be read or don't fit the model.
+    """
+    documents = load_documents(
+        options, tokenizer,
+        max_length=min(shape.positions, token_batch_size), vocab_size=shape.vocabulary_size,
+    )  # fmt: skip
+    plan = plan_batches(
+        documents.lengths,
+        token_batch_size=token_batch_size,
+        devices=mesh.size,
+        max_length=shape.positions,
+    )
+    return Batches(documents, plan)
+
+
+def require_same_data(batches: Batches) -> None:
+    """Check that all hosts read the same.
+
+    Args:
+        batches: What this host read.
+
+    Raises:
+        UserError: If another host read something else.
+    """
+    documents = batches.documents
+    require_same("data sets", documents.tokens, documents.labels, documents.offsets)
+
+
+def load_model(
+    inputs: Inputs,
+    mesh: Mesh,
+    progress: Progress,
+    *,
+    precision: str,
+    revision: str | None,
+    fsdp: bool,
+) -> nnx.Module:
+    """Load the weights, on all devices.
+
+    Args:
+        inputs: Names the model.
+        mesh: The devices.
+        progress: Where the stage is shown.
+        precision: Number format of the weights.
+        revision: The model's on the Hub.
+        fsdp: Whether to spread the weights instead of copying them to each device.
+
+    Returns:
+        The decoder.
+
+    Raises:
+        UserError: If they can't be loaded.
+    """
+    spread = mesh if mesh.size > 1 else None
+    with progress.stage("Model"), together():
+        return converters.load(
+            inputs.model_name,
+            dtype=DTYPES[precision][1],
+            revision=revision,
+            mesh=spread,
+            fsdp=fsdp and spread is not None,
+        ).model
+
+
+def find_linears(
+    loss: Loss,
+    model: nnx.Module,
+    inputs: Inputs,
+    config: StatisticsOptions,
+    note: Callable[[str], None],
+) -> Sites:
+    """The linears that the options take in.
+
+    Args:
+        loss: Calls them.
+        model: The decoder.
+        inputs: An example of the data, and the model's family.
+        config: The options.
+        note: Is told of experts that nobody asked for.
+
+    Returns:
+        The sites, by name.
+
+    Raises:
+        ConfigError: If a pattern matches nothing, or nothing is left.
+    """
+    example = next(iter(inputs.batches))
+    sites = find_sites(loss, model, example, include_bias=config.include_bias)
+    family = converters.registry.family_of(inputs.settings)
+    return select_sites(sites, config, family.base_prefix, note)
+
+
+def data_options(config: InputOptions, dataset: str) -> DataOptions:
+    """The options of the data set `dataset`."""
+    return DataOptions(
+        dataset=dataset,
+        split=config.split,
+        subset=config.subset,
+        prompt_column=config.prompt_column,
+        completion_column=config.completion_column,
+        conversation_column=config.conversation_column,
+        truncation=config.truncation,
+        chunk_length=config.chunk_length,
+        max_tokens=config.max_tokens,
+    )
+
+
+def _tokenizer(config: InputOptions, model_name: str) -> Tokenizer:
+    name = config.tokenizer or model_name
+    revision = None if config.tokenizer else config.revision
+    tokenizer = converters.load_tokenizer(name, revision)
+    if tokenizer is None:
+        raise CheckpointError(f"{name} has no tokenizer; name one with --tokenizer")
+    return tokenizer
