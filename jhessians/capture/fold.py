@@ -53,6 +53,40 @@ class Context:
             x = lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
         return x
 
+    def all_documents(self, x: Shaped[Array, "n *rest"]) -> Shaped[Array, "all *rest"]:
+        """`x` of the documents of all devices, in an order that `own_rows` shares."""
+        for axis in self.axes:
+            x = lax.all_gather(x, axis, axis=0, tiled=True)
+        return x
+
+    def own_rows(self, x: Shaped[Array, "n s o"]) -> Shaped[Array, "all s local"]:
+        """Of all devices' documents, the features that are this device's rows of a matrix.
+
+        `o` must be a multiple of the shards. Every device then has a part of each document, so that
+        a matrix whose rows are sharded meets all documents without being whole anywhere.
+        """
+        for axis in self.axes:
+            x = lax.all_to_all(x, axis, split_axis=2, concat_axis=0, tiled=True)
+        return x
+
+    def own_documents(self, x: Float[Array, "all *rest"]) -> Float[Array, "n *rest"]:
+        """The sum of `x` over devices, of this device's documents: undoes `all_documents`."""
+        for axis in reversed(self.axes):
+            x = lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+        return x
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Matrices:
+    """Several matrices of one form as one operand, which is sharded by the matrices' rows.
+
+    Attributes:
+        values: [matrix, row, …]; in stacks [member, matrix, row, …].
+    """
+
+    values: Any
+
 
 @runtime_checkable
 class Fold(Protocol):

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from jhessians.capture.checks import require_fit, require_shapes
 from jhessians.capture.documents import DocumentContext, PerDocument, PerDocumentJointly
-from jhessians.capture.fold import Context, Fold, JointFold
+from jhessians.capture.fold import Context, Fold, JointFold, Matrices
 from jhessians.capture.linears import attach
 from jhessians.capture.problem import Problem, keep_activations
 from jhessians.capture.site import Operands, Site, Statistics
@@ -182,13 +182,19 @@ def accumulate(
 def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree[P]:
     """The specs of statistics and operands, which are sharded by rows.
 
-    Rows are the first axis or, in a stack, the axis behind the member axis.
+    Rows are the first axis or, in a stack, the axis behind the member axis; of `Matrices` the next.
     """
     rows = axis_names(mesh)
 
     def specs(name: str, tree: PyTree) -> PyTree[P]:
-        stacked = name in sites and sites[name].members is not None
-        return jax.tree.map(lambda _: P(None, rows) if stacked else P(rows), tree)
+        stacked = [None] * (name in sites and sites[name].members is not None)
+
+        def spec(x: Any) -> Any:
+            if isinstance(x, Matrices):
+                return Matrices(P(*stacked, None, rows))
+            return P(*stacked, rows)
+
+        return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, Matrices))
 
     return {name: specs(name, tree) for name, tree in arrays.items()}
 
