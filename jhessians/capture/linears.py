@@ -154,7 +154,9 @@ def _listen(module: Any, tape: Any, weights: list[Weight]) -> None:
 
         def einsum_op(equation: str, x: Array, kernel: Array, **options: Any) -> Array:
             y = einsum(equation, x, kernel, **options)
-            return tape.observe(weight, Product.of_einsum(equation, x.ndim), x, kernel, y)
+            how = Product.of_einsum(equation, x.ndim)
+            observed: Array = tape.observe(weight, how, x, kernel, y)
+            return observed
 
         module.einsum_op = einsum_op
         return
@@ -164,7 +166,8 @@ def _listen(module: Any, tape: Any, weights: list[Weight]) -> None:
     def dot_general(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
         y = multiply(x, kernel, dimension_numbers, **options)
         product = Product.of_dot_general(dimension_numbers, x.ndim, kernel.ndim)
-        return tape.observe(weight, product, x, kernel, y)
+        observed: Array = tape.observe(weight, product, x, kernel, y)
+        return observed
 
     module.dot_general = dot_general
     if made is not None:

@@ -44,7 +44,8 @@ def position_mask(batch: Any) -> Shaped[Array | np.ndarray, "..."] | None:
             "position's gradient counts (as a rule all of a document but its last token): add it, "
             "or None for all positions"
         )
-    return _entry(batch, "position_mask")
+    mask: Array | np.ndarray | None = _entry(batch, "position_mask")
+    return mask
 
 
 def document_ids(batch: Any) -> np.ndarray | Array | None:
@@ -56,7 +57,8 @@ def document_ids(batch: Any) -> np.ndarray | Array | None:
     Returns:
         The numbers, -1 for rows that only fill up the batch; None where there is no such entry.
     """
-    return _entry(batch, "document")
+    numbers: np.ndarray | Array | None = _entry(batch, "document")
+    return numbers
 
 
 def _entry(batch: Any, name: str) -> Any:

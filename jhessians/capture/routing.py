@@ -120,11 +120,13 @@ def grouped_product(
     return lax.scan(group, y, (kernels, _starts(sizes), sizes))[0][:rows]
 
 
-def _product_forward(x, kernels, sizes):
+def _product_forward(
+    x: Array, kernels: Array, sizes: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
     return grouped_product(x, kernels, sizes), (x, kernels, sizes)
 
 
-def _product_backward(residuals, g):
+def _product_backward(residuals: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None]:
     x, kernels, sizes = residuals
     size = _block_rows(x.shape[0], len(kernels))
     padded_x, padded_g = (jnp.pad(t, ((0, size), (0, 0))) for t in (x, g))

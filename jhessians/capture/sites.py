@@ -55,7 +55,7 @@ def find_sites(
     graph, state = nnx.split(model)
     notes = _Notes(documents)
 
-    def trace(state, batch):
+    def trace(state: nnx.State[Any, Any], batch: PyTree) -> Array:
         copy = nnx.merge(graph, state, copy=True)
         attach(copy, _Listener(notes))
         return loss(copy, batch)

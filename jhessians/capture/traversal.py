@@ -69,7 +69,8 @@ def initialize(
     if mesh is None:
         return statistics()
     shardings = row_shardings(sites, jax.eval_shape(statistics), mesh)
-    return jax.jit(statistics, out_shardings=shardings)()
+    zeroed: Statistics = jax.jit(statistics, out_shardings=shardings)()
+    return zeroed
 
 
 def accumulate(
@@ -121,8 +122,14 @@ def accumulate(
     context = replace(_context(fold, mesh), weight=1 / problem.draws)
     graph, state = nnx.split(problem.model)
 
-    def local(state, batch, mask, statistics, operands):
-        def forward(statistics):
+    def local(
+        state: nnx.State[Any, Any],
+        batch: PyTree[Array],
+        mask: Array | None,
+        statistics: Statistics,
+        operands: Operands,
+    ) -> tuple[Statistics, Array]:
+        def forward(statistics: Statistics) -> tuple[Array, Statistics]:
             copy = nnx.merge(graph, state, copy=True)  # so that layers may write to it
             keep_activations(copy, problem.activations)
             tape = Tape(fold, sites, statistics, operands, replace(context, mask=mask))
@@ -134,6 +141,7 @@ def accumulate(
         # The linears add to the running sums, or to the rows of a joint fold.
         threaded = statistics
         if isinstance(fold, JointFold):
+            assert mask is not None  # as is checked above
             threaded = {fold.joint: fold.row_shapes(*mask.shape)}
         # The zeros are never read: only their cotangent, the running sum, exists in memory.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), threaded)
@@ -141,7 +149,7 @@ def accumulate(
         if value.size != problem.draws:
             raise ValueError(f"the loss has shape {value.shape}; expected {problem.draws} losses")
 
-        def backward(statistics, draw):
+        def backward(statistics: Statistics, draw: Array) -> tuple[Statistics, None]:
             draw = draw.reshape(value.shape)
             if isinstance(fold, JointFold):
                 (rows,) = pullback((draw, zeros))
