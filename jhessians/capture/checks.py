@@ -102,7 +102,7 @@ def require_fit(
 
 
 def fold_name(fold: Any) -> str:
-    """The name of a fold's class, for messages."""
+    """The name of a fold's class, for messages; of a wrapped one, that of the fold inside."""
     wrapped = isinstance(fold, PerDocument | PerDocumentJointly)
     return type(fold.fold if wrapped else fold).__name__
 

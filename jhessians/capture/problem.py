@@ -111,6 +111,11 @@ class Problem:
 
 
 def keep_activations(model: nnx.Module, activations: Activations | None) -> None:
-    """Set in every stack of `model`, a copy made for one trace, what it does with its products."""
+    """Set in every stack of a model whether it stores its matrix products or recomputes them.
+
+    Args:
+        model: A copy made for one trace; it is changed in place.
+        activations: What stacks do; None leaves each as it is.
+    """
     if activations is not None:
         model.set_attributes(save_products=activations == "store", raise_if_not_found=False)

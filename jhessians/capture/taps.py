@@ -34,7 +34,16 @@ Call = tuple[Array, Array]
 
 
 def product(x: Array, kernel: Array, routing: Routing | None = None) -> Array:
-    """x @ kernel; with a routing, each expert's rows times the kernel of that expert."""
+    """x @ kernel; with a routing, each expert's rows times the kernel of that expert.
+
+    Args:
+        x: [document, position..., in], or with a routing [row, in].
+        kernel: [in, out], or with a routing [expert, in, out].
+        routing: Which rows are of which expert.
+
+    Returns:
+        [document, position..., out], or with a routing [row, out].
+    """
     return x @ kernel if routing is None else grouped_product(x, kernel, routing.sizes)
 
 
@@ -50,7 +59,23 @@ def tap(
     layer: Array | None,
     routing: Routing | None,
 ) -> tuple[Array, PyTree[Array]]:
-    """`product(x, kernel, routing)`, and `statistics`, to whose cotangent the term is added."""
+    """Multiply, and add the linear's term to the statistics in the backward pass.
+
+    Args:
+        fold: What is computed there.
+        site: The linear.
+        x: As `product` gets it.
+        kernel: As `product` gets it; it has no gradient.
+        statistics: The running sums of this site.
+        operands: Further arrays that the fold reads, in stacks with a leading member axis.
+        context: What the fold may know of the batch.
+        layer: Inside a stack, the number of the layer.
+        routing: Which rows are of which expert.
+
+    Returns:
+        `product(x, kernel, routing)`, and the statistics as they are, to whose cotangent the term
+        is added.
+    """
     return product(x, kernel, routing), statistics
 
 
@@ -97,10 +122,22 @@ def collect(
     context: Context,
     layer: Array | None,
 ) -> tuple[PyTree[Array], list[Call]]:
-    """`statistics`, and `slots`: zeros of the forms of (a, g), a pair for each call to come.
+    """Open a linear for calls that will each `report` what they see.
 
-    Each slot goes to one `report`. In the backward pass the slots' cotangents are what the calls
-    reported, and one term of all of them is added to the statistics' cotangent.
+    In the backward pass the slots' cotangents are what the calls reported, and one term of all of
+    them is added to the statistics' cotangent.
+
+    Args:
+        fold: What is computed there.
+        site: The linear.
+        statistics: The running sums of this site.
+        slots: For each call to come, zeros of the forms of its input and its output.
+        operands: Further arrays that the fold reads, in stacks with a leading member axis.
+        context: What the fold may know of the batch.
+        layer: Inside a stack, the number of the layer.
+
+    Returns:
+        The statistics as they are, and the slots, each of which goes to one `report`.
     """
     return statistics, slots
 
@@ -134,7 +171,16 @@ collect.defvjp(_collect_forward, _collect_backward)
 
 @jax.custom_vjp
 def report(x: Array, y: Array, slot: Call) -> Array:
-    """`y`; in the backward pass the cotangent of `slot` is (x, the gradient at y)."""
+    """Report one call of a linear in the backward pass.
+
+    Args:
+        x: The linear's input.
+        y: Its output.
+        slot: One of those that `collect` returned; its cotangent is x and the gradient at y.
+
+    Returns:
+        y, which the caller must go on with.
+    """
     return y
 
 
@@ -248,6 +294,9 @@ def add_scattered(
         term: What this device adds.
         context: Holds the mesh and the weight of the term.
         slot: The index on the leading member axis of `statistics`, where there is one.
+
+    Returns:
+        The new sums.
     """
 
     def add(total: Array, x: Array) -> Array:

@@ -191,6 +191,14 @@ def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) 
     """The specs of statistics and operands, which are sharded by rows.
 
     Rows are the first axis or, in a stack, the axis behind the member axis; of `Matrices` the next.
+
+    Args:
+        sites: The linears, of which some are stacks.
+        arrays: Statistics or operands, or their shapes, by site; another name is a joint fold's.
+        mesh: The devices, whose axes all share the rows.
+
+    Returns:
+        A spec in the place of each array.
     """
     rows = axis_names(mesh)
 
@@ -208,7 +216,7 @@ def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) 
 
 
 def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree:
-    """The shardings that `row_specs` describes, as `NamedSharding`s."""
+    """The shardings that `row_specs` describes, as `NamedSharding`s; arguments as there."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         row_specs(sites, arrays, mesh),
@@ -219,7 +227,16 @@ def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Me
 def shaped_rows(
     sites: Mapping[str, Site], shapes: Mapping[str, Any], mesh: Mesh | None
 ) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes of statistics or operands, with their shardings if there is a mesh."""
+    """Shapes of statistics or operands, with their shardings if there is a mesh.
+
+    Args:
+        sites: The linears.
+        shapes: By site, rows already padded.
+        mesh: The devices; None for a single one.
+
+    Returns:
+        `shapes`, each of them with a sharding by rows.
+    """
     if mesh is None:
         return shapes
     return jax.tree.map(
