@@ -258,6 +258,16 @@ def rotated_gradients(
     """Documents' gradients in the eigenbasis, Q_Sᵀ G_n Q_A, from masked vectors.
 
     Either positions' vectors are rotated or gradients are, whichever is less arithmetic.
+
+    Args:
+        site: The linear.
+        a: Its input, with the column of ones if the bias counts; its number format is computed in.
+        g: The loss gradient at its output, zero where a position doesn't count.
+        operands: `activation`, Q_A, and `gradient`, Q_S, both sharded by rows.
+        context: Mesh.
+
+    Returns:
+        The coefficients of each document's gradient.
     """
     q_a = context.gather_rows(operands["activation"], site.inputs).astype(a.dtype)
     q_s = context.gather_rows(operands["gradient"], site.out_features).astype(a.dtype)
