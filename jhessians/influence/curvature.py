@@ -5,7 +5,7 @@ Its inverse is a multiplier in the eigenbasis of each linear (`jhessians.linalg.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ DAMPING_FACTOR = 0.1
 """bergson's, relative to the mean eigenvalue."""
 
 
+@runtime_checkable
 class FactorSource(Protocol):
     """Where factors are read, one tensor at a time: `jhessians.interop.load.FactorStore` is one."""
 
