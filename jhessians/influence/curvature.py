@@ -19,8 +19,9 @@ from jhessians.fitting.eigenbases import place_rows
 from jhessians.linalg.inverse import Inversion, inverse_multiplier
 from jhessians.typing import Array, DTypeLike
 
-DAMPING_FACTOR = 0.1
-"""bergson's, relative to the mean eigenvalue."""
+DAMPING_FACTOR = 0.01
+"""Relative to the mean eigenvalue. On the demo it finds more of the known sources than bergson's
+0.1, and as many as smaller factors, which are less safe where curvature is known less well."""
 
 
 @runtime_checkable

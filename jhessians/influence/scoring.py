@@ -187,7 +187,6 @@ def score(
 
     Raises:
         CheckpointError: If the factors are not those of the problem's linears.
-        DatasetError: If a query has no gradient.
         NumericsError: If a loss or a query's gradient isn't finite, or the Hessian is singular.
         ValueError: If a document or a query is in two rows, or the problem has several draws.
     """

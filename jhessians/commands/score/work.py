@@ -50,6 +50,7 @@ class Work:
         columns: What each column of scores is about.
         metric: The inner product.
         token_batch_size: Tokens that a device takes at once.
+        aggregation: How queries are made one, or `none`.
         supporting: Which documents are known to be relevant to each query, for the demo.
     """
 
@@ -60,6 +61,7 @@ class Work:
     columns: tuple[Column, ...]
     metric: Metric
     token_batch_size: int
+    aggregation: str
     supporting: list[list[int]] | None
 
     def text_of(self, document: int) -> str:
@@ -70,6 +72,8 @@ class Work:
         """A query's text, or that of one of its tokens."""
         if self.queries is None:
             return "self-influence"
+        if self.aggregation != NONE:
+            return f"{self.aggregation} of {len(self.queries)} queries"
         return self._decoded(self.queries, column.document, column.position)
 
     def _decoded(self, documents: Documents, number: int, position: int | None = None) -> str:
@@ -123,6 +127,7 @@ def prepare(
             f"the Hessian may be of other data than {config.dataset}; its run says of which"
         )
     return Work(inputs, batches, candidates, queries, columns, metric, run.token_batch_size,
+                config.query_aggregation,
                  supporting)  # fmt: skip
 
 
