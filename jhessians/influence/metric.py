@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jhessians.capture.documents import DocumentFold, JointDocumentFold
 from jhessians.capture.problem import Problem
 from jhessians.capture.site import Operands
+from jhessians.devices.memory import return_freed_memory
 from jhessians.folds.low_rank_scores import LowRankScores
 from jhessians.folds.queries import Queries
 from jhessians.folds.scores import Scores, SelfInfluence
@@ -62,6 +63,11 @@ class Metric(ABC):
 
     def __init__(self, problem: Problem, dtype: DTypeLike):
         self.problem, self.dtype = problem, dtype
+
+    def forget_inverse(self) -> None:
+        """Free what only queries and self-influences need."""
+        self.inverse = {}
+        return_freed_memory()
 
     @abstractmethod
     def targets(self) -> dict[str, Target]:

@@ -89,7 +89,10 @@ class QueryPass:
         own, kept = np.zeros(self.count), np.ones(self.count)
         metric = self.metric
         found = self._pass.run(
-            batches, operands=merged(metric.rows, metric.inverse), finishing=metric.finishing
+            batches,
+            operands=merged(metric.rows, metric.inverse),
+            finishing=metric.finishing,
+            ahead=False,  # rows are as large as queries
         )
         for documents, rows in found:
             sums = jax.tree.map(fetch, rows["sums"])
@@ -97,6 +100,7 @@ class QueryPass:
             _require_finite(documents[real], sums["square"][real])
             places = np.where(real, 0 if self._aggregate else documents, -1).astype(np.int32)
             operands = self._place(operands, rows["matrices"], places, np.float32(weight))
+            del rows
             if not self._aggregate:
                 own[documents[real]] = sums["self"][real]
                 square = sums["square"][real]

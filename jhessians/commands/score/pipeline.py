@@ -42,7 +42,7 @@ from jhessians.report.progress import Progress
 SHARE = 0.5
 """Of the memory that is free beside model and Hessian, what queries may take."""
 
-QUERIES_AT_ONCE = 8
+QUERIES_AT_ONCE = 16
 """So many parts of a group, at most, are made in one batch: its rows are in memory besides."""
 
 HESSIAN = "hessian"
@@ -153,11 +153,13 @@ def _score_all(
     kept: list[float] = []
     for number, columns_here in enumerate(groups):
         suffix = f" {number + 1} of {len(groups)}" if len(groups) > 1 else ""
-        group = None
+        group = None  # the memory of the one before
         if making is not None:
             with progress.stage(f"Queries{suffix}"):
                 group = _query_group(config, work, making, columns_here, size)
                 kept += group.kept[: len(columns_here)].tolist()
+            if number + 1 == len(groups) and not by_self:
+                metric.forget_inverse()
         with progress.stage(f"Scores{suffix}", positions, "positions") as stage:
             for found in passing.run(work.batches, group, advance=stage.advance):
                 if results is None:
