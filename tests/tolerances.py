@@ -44,3 +44,7 @@ FLOAT64_FACTORS: Final = 1e-12
 # float32, and rounds each module's part of a score to float32, which makes 1e-7 to 1e-6. Another
 # inversion or damping moves scores by 1e-3 and more.
 BERGSON_SCORES: Final = 5e-6
+
+# Our scores in float32 against float64 numpy with the same factors, of each table's largest: sums
+# of products, and eigenvectors that are stored in float32. A wrong damping moves them by 1e-2.
+SCORES: Final = 1e-5

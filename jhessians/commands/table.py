@@ -4,6 +4,7 @@ from jhessians.commands.compute import COMPUTE
 from jhessians.commands.convert import CONVERT
 from jhessians.commands.mix import MIX
 from jhessians.commands.score import SCORE
+from jhessians.commands.top import TOP
 
-COMMANDS = {command.name: command for command in (COMPUTE, SCORE, MIX, CONVERT)}
+COMMANDS = {command.name: command for command in (COMPUTE, SCORE, TOP, MIX, CONVERT)}
 """By name."""

@@ -248,7 +248,8 @@ def _applied(
         )
     with jax.default_matmul_precision("highest"):
         rotated = in_eigenbasis(gradient.astype(q_s.dtype), q_s, q_a)
-        return out_of_eigenbasis(factors._multiplier(inverse, module) * rotated, q_s, q_a)
+        multiplier = jnp.broadcast_to(factors._multiplier(inverse, module), rotated.shape)
+        return out_of_eigenbasis(multiplier * rotated, q_s, q_a)
 
 
 def load_factors(

@@ -128,7 +128,8 @@ class QueryPass:
             factor = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
             scaled = "right" if "right" in names else "matrix"
             for here in matrices.values():
-                here[scaled] = here[scaled] * factor[:, None, None]
+                shape = [1] * (here[scaled].ndim - 3) + [len(factor), 1, 1]
+                here[scaled] = here[scaled] * factor.reshape(shape)
         return {"sums": sums, "matrices": matrices}
 
     def _zeros(self) -> PyTree[Array]:
