@@ -224,12 +224,29 @@ def count_documents(ids: list[np.ndarray], documents: int | None) -> int:
 
 
 def member_rows(tree: PyTree[Any], slot: int | None) -> PyTree[Any]:
-    """One module's rows of a stack's, [document, …]."""
+    """One module's rows.
+
+    Args:
+        tree: A site's rows, [document, …], in stacks [member, document, …].
+        slot: The module's index on the member axis; None outside a stack.
+
+    Returns:
+        [document, …].
+    """
     return tree if slot is None else jax.tree.map(lambda x: x[slot], tree)
 
 
 def in_order(parts: Iterable[np.ndarray], ids: list[np.ndarray], length: int) -> np.ndarray:
-    """The rows of all batches where their documents stand in the data, [document, …]."""
+    """Put the rows of all batches where their documents stand in the data.
+
+    Args:
+        parts: Each batch's rows, [row, …].
+        ids: The documents' numbers in each batch, negative ones of no document.
+        length: How many documents the data has.
+
+    Returns:
+        [document, …]; zeros for a document that is in no batch.
+    """
     parts = list(parts)
     result = np.zeros((length, *parts[0].shape[1:]), parts[0].dtype)
     for part, numbers in zip(parts, ids, strict=True):

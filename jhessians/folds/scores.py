@@ -1,0 +1,373 @@
+"""Scores: every document's inner products ⟨G_n, P_k⟩ with queries, added up over all linears.
+
+G_n = Σ g aᵀ over the positions of document n that count, [out, in]; P_k is a query's gradient, as a
+rule after the inverse Hessian. Influence of a document on a query: Koh & Liang 2017,
+arXiv:1703.04730; with Kronecker factors Grosse et al. 2023, arXiv:2308.03296, section 3.
+
+On a mesh no query is ever whole on a device. Devices exchange g by rows and gather a, so that each
+has its rows of all documents' gradients; what travels are the tokens' vectors, not the matrices.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jhessians.capture.documents import JointDocumentFold
+from jhessians.capture.fold import Context, Matrices
+from jhessians.capture.site import Site
+from jhessians.folds.covariance import masked, with_ones
+from jhessians.typing import Array, DTypeLike, Float, PyTree
+
+LARGEST = 2**26
+"""Numbers that the gradients of some documents, or other intermediates, may have at once."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Each document's, or each token's, scores for all queries, [query].
+
+    A site's operand is `queries`: `Matrices` of P, [query, out, in].
+
+    Attributes:
+        queries: How many there are.
+        tokens: Whether each position has scores of its own, [position, query].
+        dtype: Number format of products and sums.
+    """
+
+    queries: int
+    tokens: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    def joint_shapes(self, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
+        """See `JointDocumentFold.joint_shapes`."""
+        shape = (positions, self.queries) if self.tokens else (self.queries,)
+        return jax.ShapeDtypeStruct(shape, self.dtype)
+
+    def document_rows(
+        self,
+        site: Site,
+        a: Float[Array, "n s i"],
+        g: Float[Array, "n s o"],
+        operands: Mapping[str, Any],
+        context: Context,
+    ) -> PyTree[Array]:
+        """See `JointDocumentFold.document_rows`."""
+        queries: Matrices = operands["queries"]
+        p = queries.values.astype(self.dtype)
+        a = with_ones(a, site).astype(self.dtype)
+        g = masked(g, context).astype(self.dtype)  # a need not be masked as well
+        rows = p.shape[1] * context.shards
+        g = jnp.pad(g, ((0, 0), (0, 0), (0, rows - g.shape[-1])))
+        a, g = context.all_documents(a), context.own_rows(g)
+        if self.tokens:
+            scores = lax.map(lambda ag: _of_tokens(ag[0], ag[1], p), (a, g))
+            return context.own_documents(_calls_added(scores, site))
+        return context.own_documents(_of_documents(a, g, p))
+
+
+def _of_documents(
+    a: Float[Array, "n s i"], g: Float[Array, "n s o"], p: Float[Array, "k o i"]
+) -> Float[Array, "n k"]:
+    """Form each document's gradient once, for all queries."""
+    flat = p.reshape(len(p), -1)
+
+    def of_some(ag: tuple[Array, Array]) -> Float[Array, "m k"]:
+        gradients = jnp.einsum("nso,nsi->noi", ag[1], ag[0])
+        return _rows_by_rows(gradients.reshape(len(gradients), -1), flat)
+
+    at_once = max(1, LARGEST // flat.shape[1])
+    if at_once >= len(a):
+        return of_some((a, g))
+    scores: Array = _in_parts(of_some, (a, g), at_once)
+    return scores
+
+
+def _of_tokens(
+    a: Float[Array, "s i"], g: Float[Array, "s o"], p: Float[Array, "k o i"]
+) -> Float[Array, "s k"]:
+    """gᵀ P a of each position: first the product that leaves the smaller array."""
+    smaller = min(p.shape[1:])
+
+    def of_some(p: Float[Array, "m o i"]) -> Float[Array, "m s"]:
+        if p.shape[2] <= p.shape[1]:
+            return jnp.einsum("msi,si->ms", jnp.einsum("so,moi->msi", g, p), a)
+        return jnp.einsum("mso,so->ms", jnp.einsum("si,moi->mso", a, p), g)
+
+    at_once = max(1, LARGEST // (len(a) * smaller))
+    scores = of_some(p) if at_once >= len(p) else _in_parts(of_some, p, at_once)
+    return scores.T
+
+
+@dataclass(frozen=True)
+class LowRankScores:
+    """Scores for queries that are kept as products of low rank, P_k ≈ Σ_r left_kr right_krᵀ.
+
+    A site's operands are `left`, [query, rank, out], and `right`, [query, rank, in]; their rows, by
+    which they are sharded, are queries.
+
+    Attributes:
+        queries: How many there are.
+        tokens: Whether each position has scores of its own, [position, query].
+        dtype: Number format of products and sums.
+    """
+
+    queries: int
+    tokens: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    def joint_shapes(self, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
+        """See `JointDocumentFold.joint_shapes`."""
+        shape = (positions, self.queries) if self.tokens else (self.queries,)
+        return jax.ShapeDtypeStruct(shape, self.dtype)
+
+    def document_rows(
+        self,
+        site: Site,
+        a: Float[Array, "n s i"],
+        g: Float[Array, "n s o"],
+        operands: Mapping[str, Any],
+        context: Context,
+    ) -> PyTree[Array]:
+        """See `JointDocumentFold.document_rows`."""
+        left, right = (operands[name].astype(self.dtype) for name in ("left", "right"))
+        a = with_ones(a, site).astype(self.dtype)
+        g = masked(g, context).astype(self.dtype)
+        a, g = context.all_documents(a), context.all_documents(g)
+        order = cheapest_order(
+            site, positions=a.shape[1], queries=len(left), rank=left.shape[1], tokens=self.tokens
+        )
+        if order == "vectors":
+            scores = _of_vectors(a, g, left, right, tokens=self.tokens)
+            if self.tokens:
+                scores = _calls_added(scores, site)
+        else:
+            scores = _of_gradients(a, g, left, right)
+        # Each device knows its own queries' scores of all documents.
+        everyone = jnp.zeros((*scores.shape[:-1], len(left) * context.shards), scores.dtype)
+        start = len(left) * _device_number(context)
+        everyone = lax.dynamic_update_slice_in_dim(everyone, scores, start, scores.ndim - 1)
+        return context.own_documents(everyone)[..., : self.queries]
+
+
+def cheapest_order(
+    site: Site, *, positions: int, queries: int, rank: int | None, tokens: bool = False
+) -> Literal["gradients", "vectors"]:
+    """Whether to form each document's gradient, or to multiply its vectors with low-rank queries.
+
+    Args:
+        site: The linear.
+        positions: Of a document.
+        queries: How many.
+        rank: Of the queries; None if they are whole.
+        tokens: Whether each position has scores of its own.
+
+    Returns:
+        The order of products with the fewest multiplications.
+    """
+    if tokens:
+        return "vectors"
+    if rank is None:
+        return "gradients"
+    i, o = site.inputs, site.out_features
+    gradients = positions * o * i + queries * rank * (o * i + min(o, i))
+    vectors = positions * queries * rank * (o + i + 1)
+    return "vectors" if vectors <= gradients else "gradients"
+
+
+def _of_vectors(
+    a: Float[Array, "n s i"],
+    g: Float[Array, "n s o"],
+    left: Float[Array, "k r o"],
+    right: Float[Array, "k r i"],
+    *,
+    tokens: bool,
+) -> Float[Array, "n *s k"]:
+    def of_document(ag: tuple[Array, Array]) -> Float[Array, "*s k"]:
+        u = jnp.einsum("so,kro->skr", ag[1], left)
+        v = jnp.einsum("si,kri->skr", ag[0], right)
+        return jnp.einsum("skr,skr->sk" if tokens else "skr,skr->k", u, v)
+
+    at_once = max(1, LARGEST // (a.shape[1] * left.shape[0] * left.shape[1]))
+    scores: Array = lax.map(of_document, (a, g), batch_size=min(at_once, len(a)))
+    return scores
+
+
+def _of_gradients(
+    a: Float[Array, "n s i"],
+    g: Float[Array, "n s o"],
+    left: Float[Array, "k r o"],
+    right: Float[Array, "k r i"],
+) -> Float[Array, "n k"]:
+    def of_document(ag: tuple[Array, Array]) -> Float[Array, " k"]:
+        gradient = ag[1].T @ ag[0]
+        return jnp.einsum("kro,kro->k", jnp.einsum("oi,kri->kro", gradient, right), left)
+
+    scores: Array = lax.map(of_document, (a, g))
+    return scores
+
+
+@dataclass(frozen=True)
+class SelfInfluence:
+    """Each document's gᵀ H⁻¹ g = Σ multiplier ∘ (Q_Sᵀ G_n Q_A)², or without curvature Σ G_n².
+
+    A site's operands are `activation`, its Q_A, `gradient`, its Q_S, and `multiplier` [out, in], by
+    which the inverse scales coefficients in the eigenbasis (`jhessians.linalg.inverse`).
+
+    Attributes:
+        curvature: Whether there is a Hessian; without one there are no operands.
+        dtype: Number format of products and sums.
+    """
+
+    curvature: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    def joint_shapes(self, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
+        """See `JointDocumentFold.joint_shapes`."""
+        return jax.ShapeDtypeStruct((), self.dtype)
+
+    def document_rows(
+        self,
+        site: Site,
+        a: Float[Array, "n s i"],
+        g: Float[Array, "n s o"],
+        operands: Mapping[str, Any],
+        context: Context,
+    ) -> PyTree[Array]:
+        """See `JointDocumentFold.document_rows`."""
+        a = with_ones(a, site).astype(self.dtype)
+        g = masked(g, context).astype(self.dtype)
+        if not self.curvature:
+            return lax.map(lambda ag: jnp.square(ag[1].T @ ag[0]).sum(), (a, g))
+        multiplier = context.gather_rows(operands["multiplier"], site.out_features)
+        rotated = rotated_gradients(site, a, g, operands, context)
+        return lax.map(lambda make: (multiplier * jnp.square(make)).sum(), rotated)
+
+
+def rotated_gradients(
+    site: Site,
+    a: Float[Array, "n s i"],
+    g: Float[Array, "n s o"],
+    operands: Mapping[str, Any],
+    context: Context,
+) -> Float[Array, "n o i"]:
+    """Documents' gradients in the eigenbasis, Q_Sᵀ G_n Q_A, from masked vectors.
+
+    Either positions' vectors are rotated or gradients are, whichever is less arithmetic.
+
+    Args:
+        site: The linear.
+        a: Its input, with the column of ones if the bias counts; its number format is computed in.
+        g: The loss gradient at its output, zero where a position doesn't count.
+        operands: `activation`, Q_A, and `gradient`, Q_S, both sharded by rows.
+        context: Mesh.
+
+    Returns:
+        The coefficients of each document's gradient.
+    """
+    q_a = context.gather_rows(operands["activation"], site.inputs).astype(a.dtype)
+    q_s = context.gather_rows(operands["gradient"], site.out_features).astype(a.dtype)
+    positions = a.shape[1]
+    vectors_first_a, vectors_first_g = positions <= site.out_features, positions <= site.inputs
+    if vectors_first_a:
+        a = a @ q_a
+    if vectors_first_g:
+        g = g @ q_s
+    gradients = jnp.einsum("nso,nsi->noi", g, a)
+    if not vectors_first_g:
+        gradients = q_s.T @ gradients
+    return gradients if vectors_first_a else gradients @ q_a
+
+
+@dataclass(frozen=True)
+class Several:
+    """Several folds of one pass, each with its name.
+
+    Attributes:
+        folds: Names and folds.
+    """
+
+    folds: tuple[tuple[str, JointDocumentFold], ...]
+
+    def joint_shapes(self, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
+        """See `JointDocumentFold.joint_shapes`."""
+        return {name: fold.joint_shapes(positions) for name, fold in self.folds}
+
+    def document_rows(
+        self,
+        site: Site,
+        a: Float[Array, "n s i"],
+        g: Float[Array, "n s o"],
+        operands: Mapping[str, Any],
+        context: Context,
+    ) -> PyTree[Array]:
+        """See `JointDocumentFold.document_rows`."""
+        return {
+            name: fold.document_rows(site, a, g, operands, context) for name, fold in self.folds
+        }
+
+
+@dataclass(frozen=True)
+class ByLinear:
+    """What a joint fold's linears would add up, kept apart by linear.
+
+    Attributes:
+        fold: Its rows must not depend on the number of positions.
+    """
+
+    fold: JointDocumentFold
+
+    def document_shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
+        """See `DocumentFold.document_shapes`."""
+        return self.fold.joint_shapes(0)
+
+    def document_rows(
+        self,
+        site: Site,
+        a: Float[Array, "n s i"],
+        g: Float[Array, "n s o"],
+        operands: Mapping[str, Any],
+        context: Context,
+    ) -> PyTree[Array]:
+        """See `DocumentFold.document_rows`."""
+        return self.fold.document_rows(site, a, g, operands, context)
+
+
+def _calls_added(scores: Float[Array, "n s k"], site: Site) -> Float[Array, "n t k"]:
+    """Positions' scores, where the positions of several calls follow one another."""
+    n, s, k = scores.shape
+    return scores.reshape(n, site.calls, s // site.calls, k).sum(1)
+
+
+def _rows_by_rows(x: Float[Array, "n d"], y: Float[Array, "k d"]) -> Float[Array, "n k"]:
+    return lax.dot_general(x, y, (((1,), (1,)), ((), ())))
+
+
+def _in_parts(function: Any, xs: PyTree[Array], at_once: int) -> PyTree[Array]:
+    """`function` of some entries at a time; the last part may overlap the one before it."""
+    count = len(jax.tree.leaves(xs)[0])
+    parts = math.ceil(count / at_once)
+    starts = jnp.minimum(jnp.arange(parts) * at_once, count - at_once)
+    first = jax.eval_shape(
+        function, jax.tree.map(lambda x: jax.ShapeDtypeStruct((at_once, *x.shape[1:]), x.dtype), xs)
+    )
+    whole = jnp.zeros((count, *first.shape[1:]), first.dtype)
+
+    def step(number: Array, whole: Array) -> Array:
+        start = starts[number]
+        part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, at_once), xs)
+        return lax.dynamic_update_slice_in_dim(whole, function(part), start, 0)
+
+    return lax.fori_loop(0, parts, step, whole)
+
+
+def _device_number(context: Context) -> Array | int:
+    """This device's place among those that rows are sharded over."""
+    number: Array | int = 0
+    for axis in context.axes:
+        number = number * lax.axis_size(axis) + lax.axis_index(axis)
+    return number

@@ -1,0 +1,236 @@
+"""Queries on the devices: gradients after the inverse Hessian, in groups that memory holds."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jhessians.capture.fold import Matrices
+from jhessians.capture.site import Operands
+from jhessians.capture.traversal import row_shardings
+from jhessians.devices.hosts import fetch
+from jhessians.errors import ConfigError, DatasetError, NumericsError
+from jhessians.fitting.documents import DocumentPass
+from jhessians.fitting.eigenbases import place_rows
+from jhessians.influence.metric import Metric, Target
+from jhessians.linalg.low_rank import truncate
+from jhessians.typing import Array, Float, PyTree
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """Some queries, ready to be multiplied with documents' gradients.
+
+    Attributes:
+        operands: Those of `Scores`, or of `LowRankScores`, by site.
+        self_influence: Each query's gᵀ H⁻¹ g, [query].
+        kept: The share of each query's squared length that its low rank keeps, [query]; 1 without.
+    """
+
+    operands: Operands
+    self_influence: Float[np.ndarray, " query"]
+    kept: Float[np.ndarray, " query"]
+
+
+class QueryPass:
+    """Makes groups of queries from batches; compiled once for each shape.
+
+    Args:
+        metric: The inner product.
+        count: Queries of a group.
+        rank: How many outer products are kept of each query and linear; None for all.
+        unit_normalize: Whether each query is divided by the root of its gᵀ H⁻¹ g.
+        aggregate: Whether all are added up to one, with the weight that `run` is given.
+
+    Raises:
+        ConfigError: If queries of low rank are asked of a metric that has none.
+    """
+
+    def __init__(
+        self,
+        metric: Metric,
+        *,
+        count: int,
+        rank: int | None = None,
+        unit_normalize: bool = False,
+        aggregate: bool = False,
+    ):
+        if rank is not None and not metric.low_rank:
+            raise ConfigError(
+                "`query_rank` is for whole gradients, and those of this Hessian are projected; "
+                "leave it out"
+            )
+        self.metric, self.count, self.rank = metric, count, rank
+        # What is added up first loses its rank afterwards.
+        self._aggregate, self._unit = aggregate, unit_normalize
+        self._kept_rank = None if aggregate else rank
+        fold = metric.query_fold(self._kept_rank)
+        self._pass = DocumentPass(fold, metric.problem, finish=self._finish)
+        self._place = jax.jit(self._placed, donate_argnums=0, out_shardings=self._shardings())
+
+    def run(self, batches: Iterable[Any], *, weight: float = 1.0) -> QueryGroup:
+        """A group of queries.
+
+        Args:
+            batches: Whose `document` is the number of the query among these; -1 for none.
+            weight: Of each query where they are added up.
+
+        Returns:
+            The queries; those that no batch has are zeros.
+
+        Raises:
+            NumericsError: If a query's gradient isn't finite.
+            DatasetError: If a query has no gradient: nothing in it is predicted.
+        """
+        operands = self._zeros()
+        own, kept = np.zeros(self.count), np.ones(self.count)
+        metric = self.metric
+        found = self._pass.run(
+            batches, operands=merged(metric.rows, metric.inverse), finishing=metric.finishing
+        )
+        for documents, rows in found:
+            sums = jax.tree.map(fetch, rows["sums"])
+            real = documents >= 0
+            for number, value in zip(documents[real], sums["square"][real], strict=True):
+                _require_sound(number, value)
+            places = np.where(real, 0 if self._aggregate else documents, -1).astype(np.int32)
+            operands = self._place(operands, rows["matrices"], places, np.float32(weight))
+            if not self._aggregate:
+                own[documents[real]] = sums["self"][real]
+                kept[documents[real]] = sums["kept"][real] / sums["square"][real]
+        if self._aggregate and self.rank is not None:
+            operands, kept[:] = _truncated(metric, operands, self.rank)
+        return QueryGroup(operands, own, kept)
+
+    def _finish(self, rows: PyTree[Array], finishing: PyTree[Array]) -> PyTree[Array]:
+        """Add up the linears' numbers, and give unit length where that is wanted."""
+        rows, targets = self.metric.finish_queries(rows, finishing), self.metric.targets()
+        sums = {
+            name: jnp.stack([
+                rows[key][name] if targets[key].members is None else rows[key][name].sum(0)
+                for key in targets
+            ]).sum(0)
+            for name in ("self", "square", "kept")
+        }  # fmt: skip
+        names = [name for name in ("matrix", "left", "right") if name in next(iter(rows.values()))]
+        matrices = {key: {name: rows[key][name] for name in names} for key in targets}
+        if self._unit:
+            length = jnp.sqrt(sums["self"])
+            factor = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
+            scaled = "right" if "right" in names else "matrix"
+            for here in matrices.values():
+                here[scaled] = here[scaled] * factor[:, None, None]
+        return {"sums": sums, "matrices": matrices}
+
+    def _zeros(self) -> PyTree[Array]:
+        zeros: PyTree[Array] = jax.jit(self._buffers, out_shardings=self._shardings())()
+        return zeros
+
+    def _buffers(self) -> dict[str, dict[str, Any]]:
+        mesh = self.metric.problem.mesh
+        devices = mesh.size if mesh else 1
+
+        def buffers(target: Target) -> dict[str, Any]:
+            stack = () if target.members is None else (target.members,)
+            o, i = target.rows, target.columns
+            if self._kept_rank is None:
+                shape = (*stack, self.count, o + -o % devices, i)
+                return {"queries": Matrices(jnp.zeros(shape, self.metric.dtype))}
+            shape = (*stack, self.count + -self.count % devices, self._kept_rank)
+            return {name: jnp.zeros((*shape, d), self.metric.dtype)
+                    for name, d in (("left", o), ("right", i))}  # fmt: skip
+
+        return {name: buffers(target) for name, target in self.metric.targets().items()}
+
+    def _shardings(self) -> Any:
+        problem = self.metric.problem
+        if problem.mesh is None:
+            return None
+        return row_shardings(problem.sites, jax.eval_shape(self._buffers), problem.mesh)
+
+    def _placed(
+        self, operands: PyTree[Array], rows: PyTree[Array], places: Array, weight: Array
+    ) -> PyTree[Array]:
+        """Add each row in its query's place; those of place -1 nowhere."""
+
+        def placed(target: Target, buffer: Array, new: Array) -> Array:
+            axis = 0 if target.members is None else 1
+            missing = buffer.shape[-2] - new.shape[-2]
+            new = jnp.pad(new, [(0, 0)] * (new.ndim - 2) + [(0, missing), (0, 0)])
+            new = new.astype(buffer.dtype)
+
+            def step(row: Array, buffer: Array) -> Array:
+                place = jnp.maximum(places[row], 0)
+                factor = jnp.where(places[row] < 0, 0, weight).astype(buffer.dtype)
+                before = lax.dynamic_slice_in_dim(buffer, place, 1, axis)
+                one = factor * lax.dynamic_slice_in_dim(new, row, 1, axis)
+                return lax.dynamic_update_slice_in_dim(buffer, before + one, place, axis)
+
+            return lax.fori_loop(0, len(places), step, buffer)
+
+        result: dict[str, dict[str, Any]] = {}
+        for name, target in self.metric.targets().items():
+            here, new = operands[name], rows[name]
+            if "matrix" in new:
+                values = placed(target, here["queries"].values, new["matrix"])
+                result[name] = {"queries": Matrices(values)}
+            else:
+                result[name] = {side: placed(target, here[side], new[side]) for side in here}
+        return result
+
+
+def _truncated(metric: Metric, operands: Operands, rank: int) -> tuple[Operands, float]:
+    """One query's matrices as products of low rank, and the share of its square that they keep."""
+    total = kept = 0.0
+    result: dict[str, dict[str, Any]] = {}
+    mesh = metric.problem.mesh
+    devices = mesh.size if mesh else 1
+    for name, here in operands.items():
+        matrices = here["queries"].values
+        _, o, i = metric.targets()[name]
+        many = fetch(matrices)[..., :o, :].reshape(-1, o, i)
+        left, right = jax.jit(lambda m: lax.map(lambda x: truncate(x, rank), m))(many)
+        total += float(np.square(many).sum())
+        kept += float(jnp.square(right).sum())
+        before = matrices.shape[:-2]
+        for side, array in (("left", left), ("right", right)):
+            alone = np.asarray(array).reshape(*before, *array.shape[1:])
+            missing = [(0, 0)] * alone.ndim
+            missing[len(before) - 1] = (0, -1 % devices)
+            placed = place_rows(np.pad(alone, missing), mesh, axis=len(before) - 1)
+            result.setdefault(name, {})[side] = placed
+    return result, kept / total if total else 1.0
+
+
+def _require_sound(number: int, square: float) -> None:
+    if not np.isfinite(square):
+        raise NumericsError(
+            f"the gradient of query {number} isn't finite; check the weights, or compute in "
+            "float32 (`precision` fp32)"
+        )
+    if square == 0:
+        raise DatasetError(
+            f"query {number} has no gradient: none of its tokens is predicted; give queries of "
+            "two tokens or more, with a completion where there is a completion column"
+        )
+
+
+def query_bytes(metric: Metric, *, rank: int | None) -> int:
+    """Bytes of one query, over all devices."""
+    numbers = 0
+    for members, o, i in metric.targets().values():
+        numbers += (members or 1) * (o * i if rank is None else rank * (o + i))
+    return numbers * jnp.dtype(metric.dtype).itemsize
+
+
+def merged(*operands: Operands) -> Operands:
+    """Several folds' operands as those of one."""
+    names = dict.fromkeys(name for each in operands for name in each)
+    return {
+        name: {key: x for each in operands for key, x in each.get(name, {}).items()}
+        for name in names
+    }
