@@ -63,6 +63,8 @@ def test_every_tool_gets_its_fit_or_does_not_start(module, tmp_path):
         options, fitted(module, tmp_path), "16", Path("queries"), 4
     )
     assert [each.tool.name for each in found] == ["jhessians", "bergson", "kronfluence"]
+    for each in found[:2]:
+        assert each.tool.command[each.tool.command.index("--query_batch_size") + 1] == "4"
     for each in found[1:]:
         with pytest.raises(module("measure").RunFailed, match="no fit"):
             each.prepare(tmp_path / "out")

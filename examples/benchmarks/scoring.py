@@ -8,9 +8,9 @@ factors, builds the queries' gradients, applies the inverse and scores) and kron
 processes of their own, in float32. Tasks are numbers of queries, `tokens` (a score for each token,
 one query) and `self` (each document's score for itself, which bergson has no command for).
 
-The peers hold every query as a gradient as large as the model. As many of them are held at once as
---memory allows; bergson and kronfluence pass over the documents again for the rest. A task for
-which bergson needs more disk than there is goes without it.
+A query is a gradient as large as the model. As many of them are held at once as --memory allows, by
+every tool, and all pass over the documents again for the rest. A task for which bergson needs more
+disk than there is goes without it.
 
 Compared are medians of wall time (imports and compilation included) and of peak memory; scores must
 agree. Close everything else first: the load before each run is noted. The results go to
@@ -62,7 +62,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--with", dest="peers", nargs="+", default=["bergson", "kronfluence"], metavar="TOOL",
         choices=["bergson", "kronfluence"], help="peers to compare with")
     add("--memory", type=float, default=6.0, metavar="GB",
-        help="for the gradients of the queries that a peer holds at once")
+        help="for the gradients of the queries that a tool holds at once")
     # fmt: on
     options = compare.parse(parser, words)
     for task in options.tasks:
@@ -125,11 +125,8 @@ def compare_task(
     at_once = max(1, min(count, int(options.memory * 1e9 / size)))
     found = scoring_tools.scorers(options, fitted, task, queries, at_once)
     notes = []
-    if -(-count // at_once) > 1:
-        notes.append(
-            f"the peers hold {at_once} queries at once and pass over the documents "
-            f"{-(-count // at_once)} times"
-        )
+    if at_once < count:
+        notes.append(f"{at_once} queries at once, {-(-count // at_once)} passes over the documents")
     needed = 2 * size * count  # the queries' gradients, and what the inverse makes of them
     if "bergson" in options.peers and needed > shutil.disk_usage(work).free:
         found = [each for each in found if each.tool.name != "bergson"]

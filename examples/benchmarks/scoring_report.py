@@ -129,9 +129,10 @@ PAGE = """\
 Every tool finds its fit: jhessians and bergson the same one, kronfluence one of its own. Seconds
 are medians of whole processes, imports and compilation included; memory is the peak resident size.
 Speed is a peer's time over jhessians', the median over neighbouring runs; memory is jhessians' over
-the peer's. The peers hold {memory:g} GB of queries' gradients at once. Difference is the largest
-one between jhessians' and the peer's scores over the query's largest score, ranks the Spearman
-correlation over what is scored, both of the query on which they agree least. `tokens` gives each
-token of every document a score for one query; `self` is each document's score for itself.
+the peer's. Every tool holds up to {memory:g} GB of queries' gradients at once. Difference is the
+largest one between jhessians' and the peer's scores over the query's largest score, ranks the
+Spearman correlation over what is scored, both of the query on which they agree least. `tokens`
+gives each token of every document a score for one query; `self` is each document's score for
+itself.
 
 {shapes}"""

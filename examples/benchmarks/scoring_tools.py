@@ -50,10 +50,14 @@ def gradient_bytes(shape: Shape) -> int:
     return 4 * sum(each.inputs * each.out_features * each.layers for each in shape.linears)
 
 
-def jhessians(options: argparse.Namespace, fitted: Fitted, task: str, queries: Path) -> Scorer:
+def jhessians(
+    options: argparse.Namespace, fitted: Fitted, task: str, queries: Path, at_once: int
+) -> Scorer:
     """`jhessians score`, which takes model, precision and labels from the fit."""
     wanted = ["--self"] if task == "self" else ["--query", str(queries)]
     wanted += ["--attribute_tokens"] if task == "tokens" else []
+    if at_once < queries_of(task):
+        wanted += ["--query_batch_size", str(at_once)]
     command = [
         *(sys.executable, "-m", "jhessians", "score", "{out}", *wanted),
         *("--hessian", str(fitted.fits["jhessians"]), "--dataset", str(fitted.documents)),
@@ -115,9 +119,9 @@ def scorers(
         fitted: What is scored.
         task: A number of queries, or one of `SPECIAL`.
         queries: Their data set.
-        at_once: Queries whose gradients a peer may hold in memory.
+        at_once: Queries whose gradients may lie in memory.
     """
-    found = [jhessians(options, fitted, task, queries)]
+    found = [jhessians(options, fitted, task, queries, at_once)]
     if "bergson" in options.peers and task != "self":
         found.append(bergson(options, fitted, task, queries, at_once))
     if "kronfluence" in options.peers:
