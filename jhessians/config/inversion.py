@@ -32,9 +32,9 @@ class InversionOptions:
         choices=INVERSIONS,
     )
     damping_factor: float = option(
-        0.1,
+        0.01,
         "How much curvature is added everywhere, relative to the mean eigenvalue (but see "
-        "absolute_damped_inverse).",
+        "absolute_damped_inverse); bergson's default is 0.1.",
         group=INVERSE,
         metavar="C",
         minimum=0.0,

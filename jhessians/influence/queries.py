@@ -13,7 +13,7 @@ from jhessians.capture.fold import Matrices
 from jhessians.capture.site import Operands
 from jhessians.capture.traversal import row_shardings
 from jhessians.devices.hosts import fetch
-from jhessians.errors import ConfigError, DatasetError, NumericsError
+from jhessians.errors import ConfigError, NumericsError
 from jhessians.fitting.documents import DocumentPass
 from jhessians.fitting.eigenbases import place_rows
 from jhessians.influence.metric import Metric, Target
@@ -84,7 +84,6 @@ class QueryPass:
 
         Raises:
             NumericsError: If a query's gradient isn't finite.
-            DatasetError: If a query has no gradient: nothing in it is predicted.
         """
         operands = self._zeros()
         own, kept = np.zeros(self.count), np.ones(self.count)
@@ -95,13 +94,15 @@ class QueryPass:
         for documents, rows in found:
             sums = jax.tree.map(fetch, rows["sums"])
             real = documents >= 0
-            for number, value in zip(documents[real], sums["square"][real], strict=True):
-                _require_sound(number, value)
+            _require_finite(documents[real], sums["square"][real])
             places = np.where(real, 0 if self._aggregate else documents, -1).astype(np.int32)
             operands = self._place(operands, rows["matrices"], places, np.float32(weight))
             if not self._aggregate:
                 own[documents[real]] = sums["self"][real]
-                kept[documents[real]] = sums["kept"][real] / sums["square"][real]
+                square = sums["square"][real]
+                whole = np.divide(sums["kept"][real], square, out=np.ones_like(square),
+                                  where=square != 0)  # fmt: skip
+                kept[documents[real]] = whole
         if self._aggregate and self.rank is not None:
             operands, kept[:] = _truncated(metric, operands, self.rank)
         return QueryGroup(operands, own, kept)
@@ -206,16 +207,11 @@ def _truncated(metric: Metric, operands: Operands, rank: int) -> tuple[Operands,
     return result, kept / total if total else 1.0
 
 
-def _require_sound(number: int, square: float) -> None:
-    if not np.isfinite(square):
+def _require_finite(queries: np.ndarray, squares: np.ndarray) -> None:
+    if (wrong := ~np.isfinite(squares)).any():
         raise NumericsError(
-            f"the gradient of query {number} isn't finite; check the weights, or compute in "
-            "float32 (`precision` fp32)"
-        )
-    if square == 0:
-        raise DatasetError(
-            f"query {number} has no gradient: none of its tokens is predicted; give queries of "
-            "two tokens or more, with a completion where there is a completion column"
+            f"the gradient of query {queries[wrong][0]} isn't finite; check the weights, or "
+            "compute in float32 (`precision` fp32)"
         )
 
 

@@ -14,11 +14,12 @@ from jhessians.capture.problem import Problem, document_ids
 from jhessians.devices.hosts import fetch
 from jhessians.errors import ConfigError
 from jhessians.fitting.documents import DocumentPass, count_documents, in_order, map_documents
+from jhessians.folds.combined import ByLinear, Several
 from jhessians.folds.documents import DocumentGradients
-from jhessians.folds.scores import ByLinear, Several
 from jhessians.influence.curvature import DAMPING_FACTOR, FactorSource, Inverse
-from jhessians.influence.metric import DenseHessian, Metric, metric_of
+from jhessians.influence.metric import Metric
 from jhessians.influence.queries import QueryGroup, QueryPass, merged
+from jhessians.influence.row_metrics import DenseHessian, metric_of
 from jhessians.linalg.inverse import Inversion
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
@@ -186,7 +187,6 @@ def score(
 
     Raises:
         CheckpointError: If the factors are not those of the problem's linears.
-        DatasetError: If a query has no gradient.
         NumericsError: If a loss or a query's gradient isn't finite, or the Hessian is singular.
         ValueError: If a document or a query is in two rows, or the problem has several draws.
     """

@@ -1,7 +1,8 @@
 """`score`: which training documents made the model say what the queries say.
 
-`config.py` holds its options, `hessian.py` reads the Hessian's run, `pipeline.py` does the work,
-`results.py` writes scores as they come, and `listing.py` shows the documents at the top.
+`config.py` holds its options; `hessian.py` reads the Hessian's run, `work.py` all else;
+`pipeline.py` makes scores, `results.py` writes them as they come, and `listing.py` shows the
+documents on top.
 """
 
 from __future__ import annotations

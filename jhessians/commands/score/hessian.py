@@ -14,7 +14,7 @@ from jhessians.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:  # JAX takes seconds to import: --help must not wait for it
     from jhessians.capture.problem import Problem
     from jhessians.influence.curvature import FactorSource
-    from jhessians.influence.metric import DenseHessian
+    from jhessians.influence.row_metrics import DenseHessian
 
 
 def options_of_run(path: str | Path) -> dict[str, Any]:
@@ -84,7 +84,8 @@ def _dense(path: Path, config: ComputeConfig, problem: Problem) -> DenseHessian:
     import jax.numpy as jnp
 
     from jhessians.folds.rows import GradientRows
-    from jhessians.influence.metric import JOINT, DenseHessian
+    from jhessians.influence.metric import JOINT
+    from jhessians.influence.row_metrics import DenseHessian
     from jhessians.interop.processor import PROJECTION_VERSION, GradientProcessor
     from jhessians.interop.processor_files import open_hessians
     from jhessians.linalg.projection import Projection

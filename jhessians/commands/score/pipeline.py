@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 import yaml
 from jax.sharding import Mesh
 
-from jhessians import demo
-from jhessians.capture.problem import Activations, Problem
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute, is_first_host
-from jhessians.commands.problem import (
-    Inputs,
-    find_linears,
-    load_model,
-    read_batches,
-    read_inputs,
-    require_same_data,
-    settled_activations,
-)
 from jhessians.commands.score.config import NONE, ScoreConfig
-from jhessians.commands.score.hessian import open_hessian
 from jhessians.commands.score.listing import (
     HARMFUL,
     HELPFUL,
@@ -38,26 +24,19 @@ from jhessians.commands.score.listing import (
     retrieval,
 )
 from jhessians.commands.score.results import Results, write_columns
+from jhessians.commands.score.work import Work, prepare
 from jhessians.config.option import name_flags, options_of
 from jhessians.config.provenance import CONFIG_FILE, config_document
 from jhessians.config.units import count_in_words, seconds_in_words
-from jhessians.data.batches import Batches
-from jhessians.data.batching import plan_batches
-from jhessians.data.documents import Documents
-from jhessians.data.selecting import Column, ColumnBatches, columns_of, select
-from jhessians.data.sources import DataOptions
-from jhessians.devices.hosts import require_same, start_hosts, together
+from jhessians.data.selecting import Column, ColumnBatches, columns_of
+from jhessians.devices.hosts import start_hosts, together
 from jhessians.devices.memory import free_memory
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
-from jhessians.errors import CheckpointError, DatasetError
-from jhessians.influence.curvature import Inverse
-from jhessians.influence.metric import Metric, metric_of
 from jhessians.influence.queries import QueryGroup, QueryPass, query_bytes
 from jhessians.influence.scoring import BatchScores, ScorePass, module_names, normalized
 from jhessians.interop.rundir import RunDirectory
 from jhessians.interop.score_store import ScoreStore
-from jhessians.models.loss import NextTokenLoss
 from jhessians.report.progress import Progress
 
 SHARE = 0.5
@@ -98,7 +77,7 @@ def score(config: ScoreConfig) -> str | None:
         run = config.run
         require_supported(run.matmul_precision, jax.local_devices()[0])
         hessian = _fitted_demo(config, part) if config.hessian is None else config.hessian
-        work = _prepare(config, run, hessian, mesh, progress)
+        work = prepare(config, run, hessian, mesh, progress)
         results = None
         if first:
             with progress.stage("Output"):
@@ -114,48 +93,6 @@ def score(config: ScoreConfig) -> str | None:
     return text
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What is scored, and through what.
-
-    Attributes:
-        inputs: The training data and the model's settings.
-        batches: The documents that are scored.
-        candidates: Their numbers in the data; None for all.
-        queries: The queries' documents; None if there are none.
-        columns: What each column of scores is about.
-        metric: The inner product.
-        token_batch_size: Tokens that a device takes at once.
-        supporting: Which documents are known to be relevant to each query, for the demo.
-    """
-
-    inputs: Inputs
-    batches: Batches
-    candidates: np.ndarray | None
-    queries: Documents | None
-    columns: tuple[Column, ...]
-    metric: Metric
-    token_batch_size: int
-    supporting: list[list[int]] | None
-
-    def text_of(self, document: int) -> str:
-        """A training document's text."""
-        return self._decoded(self.inputs.batches.documents, document)
-
-    def query_text(self, column: Column) -> str:
-        """A query's text, or that of one of its tokens."""
-        if self.queries is None:
-            return "self-influence"
-        return self._decoded(self.queries, column.document, column.position)
-
-    def _decoded(self, documents: Documents, number: int, position: int | None = None) -> str:
-        tokens, _ = documents.document(number)
-        chosen = tokens if position is None else tokens[position : position + 1]
-        decoder: Any = self.inputs.tokenizer
-        text: str = decoder.decode(np.asarray(chosen).tolist(), skip_special_tokens=True)
-        return text
-
-
 def _fitted_demo(config: ScoreConfig, part: Path) -> str:
     """Fit the demo's Hessian into the results, and return where it is."""
     fit = ComputeConfig(
@@ -166,139 +103,7 @@ def _fitted_demo(config: ScoreConfig, part: Path) -> str:
     return str(part / HESSIAN)
 
 
-def _prepare(
-    config: ScoreConfig, run: ComputeConfig, hessian: str, mesh: Mesh, progress: Progress
-) -> _Work:
-    """Read everything, cheap and error-prone things first."""
-    inputs = read_inputs(run, mesh, progress, token_batch_size=run.token_batch_size)
-    queries, supporting = None, None
-    if not config.self:
-        with progress.stage("Queries' data"), together():
-            is_demo = config.query is None
-            options = _query_options(config)
-            queries = read_batches(
-                options, inputs.tokenizer, inputs.shape, mesh,
-                token_batch_size=min(run.token_batch_size, inputs.shape.positions),
-            ).documents  # fmt: skip
-            supporting = _supporting(config, run) if is_demo else None
-            _require_predicted(queries)
-        require_same("queries", queries.tokens, queries.labels, queries.offsets)
-    columns: tuple[Column, ...] = (Column(0),)
-    if queries is not None and config.query_aggregation == NONE:
-        columns = tuple(columns_of(queries, tokens=config.query_tokens))
-    batches, candidates = inputs.batches, None
-    if config.candidates is not None:
-        candidates = _candidates(config.candidates, config.top or 1, len(batches.documents))
-        documents = select(batches.documents, candidates)
-        plan = plan_batches(
-            documents.lengths, token_batch_size=run.token_batch_size, devices=mesh.size,
-            max_length=inputs.shape.positions,
-        )  # fmt: skip
-        batches = Batches(documents, plan)
-        require_same_data(batches)
-    problem = _problem(config, run, inputs, mesh, progress)
-    with progress.stage("Hessian"), together():
-        source = open_hessian(hessian, run, problem) if config.has_hessian else None
-        inverse = Inverse(
-            cast(Any, config.inversion), config.damping_factor, config.ev_correction
-        )  # fmt: skip
-        metric = metric_of(problem, source, inverse, dtype=np.dtype(
-            np.float64 if run.precision == "fp64" else np.float32))  # fmt: skip
-    if config.dataset is not None and config.hessian not in (None, NONE):
-        progress.warn(
-            f"the Hessian may be of other data than {config.dataset}; its run says of which"
-        )
-    return _Work(inputs, batches, candidates, queries, columns, metric, run.token_batch_size,
-                 supporting)  # fmt: skip
-
-
-def _problem(
-    config: ScoreConfig, run: ComputeConfig, inputs: Inputs, mesh: Mesh, progress: Progress
-) -> Problem:
-    model = load_model(
-        inputs, mesh, progress, precision=run.precision, revision=run.revision, fsdp=run.fsdp
-    )
-    loss = NextTokenLoss(
-        labels="dataset",
-        # The gradient itself is wanted here, not a curvature that is quadratic in it.
-        reduction="sum" if run.loss_reduction == "sum" else "mean_gradient",
-        function="log_odds" if run.loss_fn == "log_odds" else "cross_entropy",
-        label_smoothing=run.label_smoothing,
-    )
-    sites = find_linears(loss, model, inputs, run, progress.note)
-    problem = Problem(
-        loss, model, sites, mesh=mesh if mesh.size > 1 else None,
-        matmul_precision=run.matmul_precision,
-    )  # fmt: skip
-    choice = settled_activations(
-        run.activations, problem, inputs.batches, mesh, 0, progress.note
-    )  # fmt: skip
-    return replace(problem, activations=cast(Activations, choice))
-
-
-def _query_options(config: ScoreConfig) -> DataOptions:
-    if config.query is None:
-        return DataOptions(
-            str(demo.QUESTIONS), prompt_column="prompt", completion_column="completion"
-        )
-    return DataOptions(
-        dataset=config.query,
-        split=config.query_split,
-        subset=config.query_subset,
-        prompt_column=config.query_prompt_column,
-        completion_column=config.query_completion_column,
-        conversation_column=config.query_conversation_column,
-        truncation=config.query_truncation,
-    )
-
-
-def _supporting(config: ScoreConfig, run: ComputeConfig) -> list[list[int]] | None:
-    """The demo's known sources, where all of its documents are scored whole."""
-    if config.query_tokens or config.query_aggregation != NONE or config.attribute_tokens:
-        return None
-    if run.split != "train" or run.max_tokens is not None or run.chunk_length:
-        return None
-    lines = demo.QUESTIONS.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["supporting"] for line in lines]
-
-
-def _require_predicted(queries: Documents) -> None:
-    """Check that something is predicted in every query.
-
-    Raises:
-        DatasetError: With the number of the first in which nothing is.
-    """
-    for number in range(len(queries)):
-        _, labels = queries.document(number)
-        if not (labels[1:] >= 0).any():
-            raise DatasetError(
-                f"query {number} (of {len(queries)}) has no token to predict; expected two tokens "
-                "or more, and a completion that isn't empty: correct it or leave it out"
-            )
-
-
-def _candidates(path: str, count: int, documents: int) -> np.ndarray:
-    """The documents among the best `count` of any query of earlier scores."""
-    store = ScoreStore(path)
-    if store.offsets is not None:
-        raise CheckpointError(f"{path} holds tokens' scores; `candidates` takes documents'")
-    numbers = np.arange(store.documents) if store.candidates is None else store.candidates
-    if len(numbers) and numbers.max() >= documents:
-        raise CheckpointError(
-            f"{path} has a score of document {numbers.max()}, but the data set has {documents}; "
-            "give scores of the same data"
-        )
-    chosen: set[int] = set()
-    for query in range(store.queries):
-        scores, written = store.read(query)
-        order = np.argsort(-np.where(written, scores, -np.inf), kind="stable")[:count]
-        chosen |= set(numbers[order[written[order]]].tolist())
-    if not chosen:
-        raise CheckpointError(f"{path} holds no scores; give a finished run of jhessians score")
-    return np.array(sorted(chosen))
-
-
-def _results(config: ScoreConfig, work: _Work, part: Path) -> Results:
+def _results(config: ScoreConfig, work: Work, part: Path) -> Results:
     results = Results(
         part, work.inputs.batches.documents, work.columns,
         tokens=config.attribute_tokens, parts=_parts(config, work)[0], top=config.top,
@@ -308,7 +113,7 @@ def _results(config: ScoreConfig, work: _Work, part: Path) -> Results:
     return results
 
 
-def _parts(config: ScoreConfig, work: _Work) -> tuple[list[str] | None, np.ndarray | None]:
+def _parts(config: ScoreConfig, work: Work) -> tuple[list[str] | None, np.ndarray | None]:
     """Names of the parts that scores are split into, and which part each module is of."""
     if config.by_module is None:
         return None, None
@@ -323,7 +128,7 @@ def _parts(config: ScoreConfig, work: _Work) -> tuple[list[str] | None, np.ndarr
 
 
 def _score_all(
-    config: ScoreConfig, work: _Work, results: Results | None, progress: Progress
+    config: ScoreConfig, work: Work, results: Results | None, progress: Progress
 ) -> None:
     """Every group of queries in turn: make it, then go through the data."""
     metric, columns = work.metric, work.columns
@@ -394,7 +199,7 @@ def _take(
     results.add(found.documents, scores, first_query)
 
 
-def _group_size(config: ScoreConfig, work: _Work) -> int:
+def _group_size(config: ScoreConfig, work: Work) -> int:
     """Queries that are in memory together."""
     if config.self or config.query_aggregation != NONE:
         return 1
@@ -405,7 +210,7 @@ def _group_size(config: ScoreConfig, work: _Work) -> int:
 
 
 def _query_group(
-    config: ScoreConfig, work: _Work, making: QueryPass, columns: tuple[Column, ...], size: int
+    config: ScoreConfig, work: Work, making: QueryPass, columns: tuple[Column, ...], size: int
 ) -> QueryGroup:
     assert work.queries is not None
     weight, devices = 1.0, work.metric.problem.mesh.size if work.metric.problem.mesh else 1
@@ -432,7 +237,7 @@ def _write_config(part: Path, config: ScoreConfig, mesh: Mesh) -> None:
     (part / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
-def _render(config: ScoreConfig, work: _Work, results: Results, progress: Progress) -> str:
+def _render(config: ScoreConfig, work: Work, results: Results, progress: Progress) -> str:
     """What the terminal shows at the end."""
     documents = count_in_words(len(work.batches.documents), "document")
     columns = count_in_words(len(work.columns), "column" if config.query_tokens else "query")
