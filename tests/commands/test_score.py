@@ -15,6 +15,7 @@ from tests.tolerances import BERGSON_SCORES, SCORES
 
 FLOAT64 = ["--precision", "fp64", "--hessian_dtype", "fp64"]
 FAMILIES = ["llama", "gpt_neox", "gpt2"]
+TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -123,14 +124,14 @@ def test_autocorrelations_bring_their_projection(llama, tmp_path, target):
 
 def test_completions_are_the_only_targets_of_queries(llama, tmp_path):
     lines = [json.loads(line)["text"] for line in llama.queries.read_text().splitlines()]
+    (llama.model / "chat_template.jinja").write_text(TEMPLATE)
     pairs = tmp_path / "pairs.jsonl"
     rows = [{"q": text[: len(text) // 2], "a": text[len(text) // 2 :]} for text in lines]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["score", str(tmp_path / "s"), "--hessian", str(llama.run), "--query", str(pairs),
              "--query_prompt_column", "q", "--query_completion_column", "a", "--quiet",
              "--damping_factor", "0.1"]  # fmt: skip
-    if main(words) != 0:
-        pytest.fail("the command failed")
+    assert main(words) == 0
     expected = bergson_scores.scores(
         llama.model, llama.data, pairs, llama.run, query_columns=Columns("q", "a")
     )

@@ -101,7 +101,7 @@ def test_full_rank_loses_nothing_and_low_rank_little(case):
     assert relative_error(case.score(query_rank=64), scores) < SCORES
     assert relative_error(case.score(query_rank=64, query_aggregation="sum")[:, 0],
                           scores.sum(1)) < SCORES  # fmt: skip
-    assert SCORES < relative_error(case.score(query_rank=6), scores) < 0.2
+    assert relative_error(case.score(query_rank=6), scores) > SCORES
 
 
 @pytest.mark.parametrize("rank", [None, 64])

@@ -10,6 +10,7 @@ from jhessians.commands.compute.config import ComputeConfig
 from jhessians.config.option import options_of
 from jhessians.config.provenance import CONFIG_FILE, read_options
 from jhessians.errors import CheckpointError, ConfigError
+from jhessians.methods.table import METHODS
 
 if TYPE_CHECKING:  # JAX takes seconds to import: --help must not wait for it
     from jhessians.capture.problem import Problem
@@ -138,16 +139,20 @@ def _bergson_options(path: Path) -> dict[str, Any] | None:
 
 def _our_names(tables: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
+    settings = tables.get("hessian_cfg")
+    method = settings.get("method", "kfac") if isinstance(settings, Mapping) else "kfac"
+    own = {each.name for each in options_of(METHODS[method].options)} if method in METHODS else ()
+    others = {each.name for other in METHODS.values() for each in options_of(other.options)}
     for each in options_of(ComputeConfig):
+        if each.name in others and each.name not in own:
+            continue
         value: Any = tables
         for part in each.bergson.split(".") if each.bergson else ():
             value = value.get(part) if isinstance(value, Mapping) else None
         if not each.bergson or value is None or (value == "" and each.default is None):
             continue
         options[each.name] = value
-    method = tables.get("hessian_cfg", {})
-    if isinstance(method, Mapping):
-        options["method"] = method.get("method", "kfac")
+    options["method"] = method
     if options.get("precision") == "auto":
         options.pop("precision")
     for name in ("debug", "overwrite", "optimizer_state"):
