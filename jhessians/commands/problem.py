@@ -17,7 +17,7 @@ from jhessians.capture.problem import Loss
 from jhessians.capture.sites import find_sites
 from jhessians.commands.selection import select_sites
 from jhessians.config.inputs import InputOptions
-from jhessians.config.statistics import StatisticsOptions
+from jhessians.config.statistics import GradientOptions
 from jhessians.data.answers import Tokenizer
 from jhessians.data.batches import Batches
 from jhessians.data.batching import plan_batches
@@ -174,7 +174,7 @@ def find_linears(
     loss: Loss,
     model: nnx.Module,
     inputs: Inputs,
-    config: StatisticsOptions,
+    config: GradientOptions,
     note: Callable[[str], None],
 ) -> Sites:
     """The linears that the options take in.

@@ -71,11 +71,12 @@ def config_document(
     }
 
 
-def read_options(path: str | Path) -> dict[str, Any]:
+def read_options(path: str | Path, command: str = "compute") -> dict[str, Any]:
     """The options that a finished run recorded.
 
     Args:
         path: A run's config.yaml, its config.json, or the folder that holds either.
+        command: The subcommand that it was a run of.
 
     Returns:
         Name → value, as the run had them, in plain YAML types.
@@ -98,13 +99,18 @@ def read_options(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ConfigError(f"{path} is not YAML; give a run's config.yaml") from None
     ours = document.get("jhessians") if isinstance(document, dict) else None
-    options = ours.get("compute") if isinstance(ours, dict) else None
-    if ours is None and isinstance(document, dict) and {"run_path", "method"} <= document.keys():
+    options = ours.get(command) if isinstance(ours, dict) else None
+    if (
+        command == "compute"
+        and ours is None
+        and isinstance(document, dict)
+        and {"run_path", "method"} <= document.keys()
+    ):
         options = {name: value for name, value in document.items() if name != "metadata"}
     if not isinstance(options, dict):
         raise ConfigError(
-            f"{path} has no 'jhessians: compute:' part; "
-            "give the config.yaml of a run that jhessians made"
+            f"{path} has no 'jhessians: {command}:' part; "
+            f"give the config.yaml of a run that jhessians {command} made"
         )
     if options.get("layout") == FORMER_LAYOUT:
         options = {**options, "layout": INFLUENCE_RESULTS}

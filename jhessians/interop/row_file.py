@@ -48,7 +48,8 @@ class RowFile:
         Numbers beyond the range of the format are cut to its largest one, as torch bergson does.
 
         Args:
-            row, column: Of its first entry.
+            row: Of its first entry.
+            column: Of its first entry.
             values: Finite numbers.
 
         Returns:
@@ -60,9 +61,8 @@ class RowFile:
         """
         n, d = values.shape
         if row < 0 or column < 0 or row + n > self.rows or column + d > self.width:
-            raise ValueError(
-                f"a block of {n} x {d} at {row}, {column} does not lie in {self.rows} x {self.width}"
-            )
+            whole = f"{self.rows} x {self.width}"
+            raise ValueError(f"a block of {n} x {d} at {row}, {column} does not lie in {whole}")
         values, cut = _narrowed(values, self.dtype)
         if d == self.width:
             self._write(row, 0, values)
@@ -72,9 +72,9 @@ class RowFile:
         return cut
 
     def _write(self, row: int, column: int, values: np.ndarray) -> None:
-        data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         place = (row * self.width + column) * self.dtype.itemsize
-        while data:
+        while data.nbytes:
             done = os.pwrite(self._file, data, place)
             data, place = data[done:], place + done
 

@@ -1,4 +1,4 @@
-"""Stores of gradients: what we write bergson reads, what bergson writes we read, and bad folders."""
+"""Stores of gradients: bergson reads what we write, we read what it writes, and bad folders."""
 
 import json
 
