@@ -23,7 +23,7 @@ from jhessians.data.batches import Batches
 from jhessians.data.batching import plan_batches
 from jhessians.data.sources import DataOptions, load_documents
 from jhessians.devices.hosts import require_same, together
-from jhessians.errors import CheckpointError
+from jhessians.errors import CheckpointError, ConfigError
 from jhessians.interop.layout import DTYPES
 from jhessians.models.config import DecoderConfig
 from jhessians.report.progress import Progress
@@ -196,6 +196,24 @@ def find_linears(
     sites = find_sites(loss, model, example, include_bias=config.include_bias)
     family = converters.registry.family_of(inputs.settings)
     return select_sites(sites, config, family.base_prefix, note)
+
+
+def require_parameter_order(inputs: Inputs, optimizer_state: str | None) -> None:
+    """Check that an optimizer's state can be matched with the model's parameters.
+
+    Args:
+        inputs: The model.
+        optimizer_state: The option; None if there is no such state.
+
+    Raises:
+        ConfigError: If the model is an adapter.
+    """
+    if inputs.is_adapter and optimizer_state is not None:
+        raise ConfigError(
+            f"--optimizer_state is given, but {inputs.model_name} is an adapter, whose "
+            "parameters' order in an optimizer isn't known here; estimate with --normalizer "
+            "adam"
+        )
 
 
 def data_options(config: InputOptions, dataset: str) -> DataOptions:

@@ -17,14 +17,19 @@ from jhessians.capture.coverage import Sites
 from jhessians.capture.problem import Activations, Problem
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.next_steps import next_steps
-from jhessians.commands.problem import Inputs, find_linears, load_model, read_inputs
+from jhessians.commands.problem import (
+    Inputs,
+    find_linears,
+    load_model,
+    read_inputs,
+    require_parameter_order,
+)
 from jhessians.config.option import name_flags, options_of
 from jhessians.config.units import bytes_in_words
 from jhessians.devices.hosts import start_hosts, together
 from jhessians.devices.memory import free_memory
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
-from jhessians.errors import ConfigError
 from jhessians.fitting import activations
 from jhessians.fitting.partitions import AUTOMATIC, needed_partitions
 from jhessians.interop.export import Destination, write_config
@@ -74,12 +79,7 @@ def compute(config: ComputeConfig) -> Summary:
             reword=partial(name_flags, names=names),
         )
         inputs = read_inputs(config, mesh, progress, token_batch_size=config.token_batch_size)
-        if inputs.is_adapter and config.optimizer_state is not None:
-            raise ConfigError(
-                f"--optimizer_state is given, but {inputs.model_name} is an adapter, whose "
-                "parameters' order in an optimizer isn't known here; estimate with --normalizer "
-                "adam"
-            )
+        require_parameter_order(inputs, config.optimizer_state)
         problem, sites = _load_problem(config, inputs, mesh, progress)
         config = _settled(config, inputs, problem, mesh, progress)
         problem = replace(problem, activations=cast(Activations, config.activations))
