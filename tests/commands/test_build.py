@@ -293,7 +293,8 @@ def test_normalizers_of_an_optimizer_are_bergsons(models, tmp_path):
     expected = GradientStore(theirs(folder, **options))
     assert relative_error(found.matrix, expected.matrix) < FACTORS  # their divisors are float32
     names = set(TheirProcessor.load(theirs(folder, **options)).normalizers)
-    assert set(TheirProcessor.load(tmp_path / "run").normalizers) == names
+    # bergson keeps those of embeddings too, which it never reads.
+    assert names - {"wte", "wpe"} == set(TheirProcessor.load(tmp_path / "run").normalizers)
 
 
 def test_a_processors_normalizers_and_projection_are_taken(models, tmp_path, capsys):
