@@ -44,6 +44,8 @@ _MODULES = {
     "influence.curvature": ("Inverse",),
     "influence.factors": ("Factors", "load_factors", "precondition_by_factors"),
     "influence.scoring": ("document_gradients", "score", "self_influence"),
+    "interop.gradient_store": ("GradientStore",),
+    "interop.low_rank_store": ("LowRankStore",),
     "interop.processor": ("GradientProcessor",),
     "linalg.inverse": ("inverse_vector_product",),
     "linalg.projection": ("Projection",),

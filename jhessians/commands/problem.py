@@ -17,7 +17,7 @@ from jhessians.capture.problem import Loss, Problem
 from jhessians.capture.sites import find_sites
 from jhessians.commands.selection import select_sites
 from jhessians.config.inputs import InputOptions
-from jhessians.config.statistics import StatisticsOptions
+from jhessians.config.statistics import GradientOptions
 from jhessians.config.units import bytes_in_words
 from jhessians.data.answers import Tokenizer
 from jhessians.data.batches import Batches
@@ -25,7 +25,7 @@ from jhessians.data.batching import plan_batches
 from jhessians.data.sources import DataOptions, load_documents
 from jhessians.devices.hosts import require_same, together
 from jhessians.devices.memory import free_memory
-from jhessians.errors import CheckpointError
+from jhessians.errors import CheckpointError, ConfigError
 from jhessians.fitting import activations
 from jhessians.interop.layout import DTYPES
 from jhessians.models.config import DecoderConfig
@@ -177,7 +177,7 @@ def find_linears(
     loss: Loss,
     model: nnx.Module,
     inputs: Inputs,
-    config: StatisticsOptions,
+    config: GradientOptions,
     note: Callable[[str], None],
 ) -> Sites:
     """The linears that the options take in.
@@ -234,6 +234,24 @@ def settled_activations(
             f"where {bytes_in_words(free)} are free beside model and statistics"
         )
     return settled
+
+
+def require_parameter_order(inputs: Inputs, optimizer_state: str | None) -> None:
+    """Check that an optimizer's state can be matched with the model's parameters.
+
+    Args:
+        inputs: The model.
+        optimizer_state: The option; None if there is no such state.
+
+    Raises:
+        ConfigError: If the model is an adapter.
+    """
+    if inputs.is_adapter and optimizer_state is not None:
+        raise ConfigError(
+            f"--optimizer_state is given, but {inputs.model_name} is an adapter, whose "
+            "parameters' order in an optimizer isn't known here; estimate with --normalizer "
+            "adam"
+        )
 
 
 def data_options(config: InputOptions, dataset: str) -> DataOptions:

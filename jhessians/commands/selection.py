@@ -7,13 +7,13 @@ from jhessians.capture.coverage import Sites
 from jhessians.capture.site import Site
 from jhessians.capture.sites import restrict
 from jhessians.config.option import matching
-from jhessians.config.statistics import StatisticsOptions
+from jhessians.config.statistics import GradientOptions
 from jhessians.errors import ConfigError
 
 
 def select_sites(
     sites: Mapping[str, Site],
-    config: StatisticsOptions,
+    config: GradientOptions,
     base_prefix: str,
     note: Callable[[str], None] = lambda line: None,
 ) -> Sites:

@@ -12,8 +12,8 @@ OUTPUT = "output"
 
 
 @dataclass(frozen=True)
-class MachineOptions:
-    """Where a run computes."""
+class DeviceOptions:
+    """On which devices a run computes, and how much at once."""
 
     token_batch_size: int = option(
         2048,
@@ -51,6 +51,12 @@ class MachineOptions:
         group=MACHINE,
         choices=("auto", "store", "recompute"),
     )
+
+
+@dataclass(frozen=True)
+class MachineOptions(DeviceOptions):
+    """Where a fit computes."""
+
     module_partitions: int = option(
         1,
         "Fit the modules in so many groups, one after the other, each with passes of its own: "

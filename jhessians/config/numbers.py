@@ -14,8 +14,8 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 
 
 @dataclass(frozen=True)
-class NumberOptions:
-    """In which numbers a run computes."""
+class PrecisionOptions:
+    """In which numbers a model computes."""
 
     precision: str = option(
         "fp32",
@@ -23,14 +23,6 @@ class NumberOptions:
         group=NUMBERS,
         choices=PRECISIONS,
         bergson="index_cfg.precision",
-    )
-    hessian_dtype: str = option(
-        "fp32",
-        "Number format in which statistics are summed and stored; eigendecompositions always "
-        "run in fp64.",
-        group=NUMBERS,
-        choices=PRECISIONS,
-        bergson="hessian_cfg.hessian_dtype",
     )
     matmul_precision: str = option(
         HIGHEST,
@@ -40,6 +32,29 @@ class NumberOptions:
         group=NUMBERS,
         metavar="HOW",
         choices=tuple(MATMUL_PRECISIONS),
+    )
+
+    def check_together(self) -> None:
+        """Refuse a precision of products where numbers are not float32.
+
+        Raises:
+            ConfigError: The first clash found.
+        """
+        # XLA would round 64 bits to these as well, and widen 16 bits to no end.
+        require_float32_products(self.matmul_precision, "precision", self.precision, ("fp32",))
+
+
+@dataclass(frozen=True)
+class NumberOptions(PrecisionOptions):
+    """In which numbers a fit computes."""
+
+    hessian_dtype: str = option(
+        "fp32",
+        "Number format in which statistics are summed and stored; eigendecompositions always "
+        "run in fp64.",
+        group=NUMBERS,
+        choices=PRECISIONS,
+        bergson="hessian_cfg.hessian_dtype",
     )
     seed: int = option(
         0,
@@ -56,18 +71,32 @@ class NumberOptions:
         return "fp64" in (self.precision, self.hessian_dtype)
 
     def check_together(self) -> None:
-        """Refuse a precision of products where numbers are not float32.
+        """Refuse a precision of products where sums are in 64 bits.
 
         Raises:
             ConfigError: The first clash found.
         """
-        if self.matmul_precision == HIGHEST:
-            return
-        # XLA would round 64 bits to these as well, and widen 16 bits to no end.
-        for name in ("precision", "hessian_dtype"):
-            other = getattr(self, name)
-            if other == "fp64" or (name == "precision" and other != "fp32"):
-                raise ConfigError(
-                    f"--matmul_precision {self.matmul_precision} is for products of float32 "
-                    f"numbers, not for --{name} {other}; leave one of them out"
-                )
+        require_float32_products(
+            self.matmul_precision, "hessian_dtype", self.hessian_dtype, ("fp32", "bf16", "fp16")
+        )
+
+
+def require_float32_products(
+    matmul_precision: str, name: str, value: str, float32: tuple[str, ...]
+) -> None:
+    """Refuse a precision of products where numbers are not float32.
+
+    Args:
+        matmul_precision: The precision.
+        name: An option that names a number format.
+        value: What it names.
+        float32: Those of its values whose products are of float32 numbers.
+
+    Raises:
+        ConfigError: If they clash.
+    """
+    if matmul_precision != HIGHEST and value not in float32:
+        raise ConfigError(
+            f"--matmul_precision {matmul_precision} is for products of float32 "
+            f"numbers, not for --{name} {value}; leave one of them out"
+        )

@@ -93,6 +93,28 @@ def options_of(config_class: type) -> tuple[Option, ...]:
     )
 
 
+def reworded(table: type, group: str, **helps: str) -> type:
+    """The options of a table under another heading, for a command where they do something else.
+
+    Args:
+        table: A dataclass of options.
+        group: The heading in `--help`.
+        **helps: Option → its help there; others keep theirs.
+
+    Returns:
+        A dataclass that inherits from the table.
+    """
+    fields = []
+    for each in dataclasses.fields(table):
+        metadata = dict(each.metadata) | {"group": group}
+        if each.name in helps:
+            metadata["help"] = helps[each.name]
+        fields.append((each.name, each.type, field(default=each.default, metadata=metadata)))
+    return dataclasses.make_dataclass(
+        f"{table.__name__}Reworded", fields, bases=(table,), frozen=True
+    )
+
+
 def parse_flag(word: str) -> bool:
     """Read `true` or `false` as typed.
 

@@ -11,8 +11,8 @@ STATISTICS = "statistics"
 
 
 @dataclass(frozen=True)
-class StatisticsOptions:
-    """Whose gradients are summed, and of which loss."""
+class LabelOptions:
+    """Whose labels a curvature is of, and whether its eigenvalues are corrected."""
 
     ev_correction: bool | None = option(
         None,
@@ -44,6 +44,23 @@ class StatisticsOptions:
         unit="label",
         minimum=1,
     )
+
+    def check_together(self) -> None:
+        """Refuse labels that contradict each other.
+
+        Raises:
+            ConfigError: The first clash found.
+        """
+        if self.use_dataset_labels and self.fisher_type == "sampled":
+            raise ConfigError(
+                "--use_dataset_labels contradicts --fisher_type sampled; give one of them"
+            )
+
+
+@dataclass(frozen=True)
+class GradientOptions:
+    """Which loss gradients are of, and of which modules."""
+
     loss_fn: str = option(
         "ce",
         "Loss of a token: cross-entropy, or log_odds, -log(p / (1 - p)), of the data set's labels.",
@@ -100,13 +117,8 @@ class StatisticsOptions:
         bergson="index_cfg.moe_experts",
     )
 
-    def check_together(self) -> None:
-        """Refuse labels that contradict each other.
 
-        Raises:
-            ConfigError: The first clash found.
-        """
-        if self.use_dataset_labels and self.fisher_type == "sampled":
-            raise ConfigError(
-                "--use_dataset_labels contradicts --fisher_type sampled; give one of them"
-            )
+# A dataclass has its last base's fields first.
+@dataclass(frozen=True)
+class StatisticsOptions(GradientOptions, LabelOptions):
+    """Whose gradients are summed, and of which loss."""

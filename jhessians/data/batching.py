@@ -87,6 +87,7 @@ def plan_batches(
     devices: int = 1,
     max_shapes: int = MOST_SHAPES,
     max_length: int | None = None,
+    max_documents: int | None = None,
 ) -> BatchPlan:
     """Sort documents into buckets of one shape each, with the least padding.
 
@@ -104,6 +105,7 @@ def plan_batches(
         max_shapes: Most shapes allowed.
         max_length: How many positions the model has. Lengths are rounded up, but not beyond this;
             by default not beyond the longest document.
+        max_documents: Documents that one device takes at once, at most; None for any number.
 
     Returns:
         Batches of document numbers, each with its shape, and the share of padding.
@@ -112,8 +114,9 @@ def plan_batches(
         DatasetError: If a document has more than `token_batch_size` tokens, or none has two.
         ValueError: If an option is not positive.
     """
-    if min(token_batch_size, devices, max_shapes) < 1:
-        raise ValueError("token_batch_size, devices and max_shapes must be positive")
+    most = token_batch_size if max_documents is None else max_documents
+    if min(token_batch_size, devices, max_shapes, most) < 1:
+        raise ValueError("token_batch_size, devices, max_shapes and max_documents must be positive")
     lengths = np.asarray(lengths, np.int64)
     used = np.flatnonzero(lengths >= 2)
     if used.size == 0:
@@ -128,14 +131,15 @@ def plan_batches(
     cap = max(longest, min(token_batch_size, max_length or longest))
     rounded = np.minimum(-(-lengths[used] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, cap)
     distinct, counts = np.unique(rounded, return_counts=True)
-    bounds = _bucket_lengths(distinct, counts, token_batch_size, devices, max_shapes)
+    limits = _Limits(token_batch_size, devices, most)
+    bounds = _bucket_lengths(distinct, counts, limits, max_shapes)
 
     bucket_of = np.searchsorted(bounds, rounded)
     batches: list[PlannedBatch] = []
     for bucket in reversed(range(len(bounds))):  # longest first: memory runs out at once or never
         members = used[bucket_of == bucket].astype(np.int32)
         length = int(bounds[bucket])
-        rows = int(_rows(np.array(len(members)), length, token_batch_size, devices))
+        rows = int(_rows(np.array(len(members)), length, limits))
         batches.extend(
             PlannedBatch(members[start : start + rows], (rows, length))
             for start in range(0, len(members), rows)
@@ -149,24 +153,28 @@ def plan_batches(
     )
 
 
+class _Limits(NamedTuple):
+    """What a batch must keep to; see `plan_batches`."""
+
+    token_batch_size: int
+    devices: int
+    max_documents: int
+
+
 def _rows(
-    documents: Int[np.ndarray, "..."],
-    length: int,
-    token_batch_size: int,
-    devices: int,
+    documents: Int[np.ndarray, "..."], length: int, limits: _Limits
 ) -> Int[np.ndarray, "..."] | np.integer:
     """Rows of each batch of a bucket: no more batches than needed, as equal as can be."""
-    capacity = devices * max(1, token_batch_size // length)
-    batches = np.maximum(1, -(-documents // capacity))
+    most = min(limits.token_batch_size // length, limits.max_documents)
+    batches = np.maximum(1, -(-documents // (limits.devices * max(1, most))))
     per_batch = -(-documents // batches)
-    return -(-per_batch // devices) * devices
+    return -(-per_batch // limits.devices) * limits.devices
 
 
 def _bucket_lengths(
     distinct: Int[np.ndarray, " length"],
     counts: Int[np.ndarray, " length"],
-    token_batch_size: int,
-    devices: int,
+    limits: _Limits,
     max_shapes: int,
 ) -> Int[np.ndarray, " bucket"]:
     """The buckets' lengths, ascending, that minimise computed positions.
@@ -174,8 +182,7 @@ def _bucket_lengths(
     Args:
         distinct: The rounded lengths that documents have, ascending.
         counts: How many documents have each of them.
-        token_batch_size: See `plan_batches`, as for the following arguments.
-        devices: Rows of a batch are a multiple of it.
+        limits: What a batch must keep to.
         max_shapes: Most buckets allowed.
 
     Let cost[k][j] be the fewest computed positions of the documents up to the j-th candidate
@@ -196,7 +203,7 @@ def _bucket_lengths(
     in_one_bucket = np.full((size + 1, size + 1), np.inf)
     for j, length in enumerate(candidates, 1):
         documents = up_to[j] - up_to[:j]
-        rows = _rows(documents, int(length), token_batch_size, devices)
+        rows = _rows(documents, int(length), limits)
         in_one_bucket[:j, j] = -(-documents // rows) * rows * length
 
     cost = np.full(size + 1, np.inf)

@@ -23,6 +23,7 @@ from jhessians.interop.layout import (
     INFLUENCE_RESULTS,
     KINDS,
     OLDER_TOTAL_LAMBDA_FILE,
+    PREPROCESS_CFG_KEYS,
     TOTAL_FILE,
     Layout,
     kind_folder,
@@ -254,7 +255,11 @@ def _on_first_process(write: Callable[[], None], root: Path) -> None:
 
 
 def _check_bergson_knows(command: Mapping[str, Any]) -> None:
-    parts = {"hessian_cfg": HESSIAN_CFG_KEYS, "index_cfg": INDEX_CFG_KEYS}
+    parts = {
+        "hessian_cfg": HESSIAN_CFG_KEYS,
+        "index_cfg": INDEX_CFG_KEYS,
+        "preprocess_cfg": PREPROCESS_CFG_KEYS,
+    }
     unknown = set(command) - set(parts)
     for part, known in parts.items():
         unknown |= set(command.get(part, {})) - known

@@ -102,6 +102,13 @@ INDEX_CFG_KEYS = frozenset(
 """The fields of bergson 2.5.1's `IndexConfig`, of which `run_path` is required."""
 
 
+PREPROCESS_CFG_KEYS = frozenset(
+    {"unit_normalize", "hessian_path", "ev_correction", "inversion_cfg", "aggregation",
+     "normalize_aggregated_grad"}
+)  # fmt: skip
+"""The fields of bergson 2.5.1's `PreprocessConfig`."""
+
+
 def shard_bounds(dimension: int, shards: int, index: int) -> tuple[int, int]:
     """Row range [start, stop) of one shard; shard 0 also takes the rows that are left over.
 

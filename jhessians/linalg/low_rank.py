@@ -1,7 +1,9 @@
-"""The best approximation of a matrix by a few outer products, nearly, in products and small QRs.
+"""The best approximation of a matrix by a few outer products.
 
-Halko, Martinsson & Tropp 2011, arXiv:0909.4061, algorithm 4.4: random vectors are multiplied with
-the matrix and its transpose in turn, until they span its largest singular vectors.
+`truncate` finds it nearly, in products and small QRs (Halko, Martinsson & Tropp 2011,
+arXiv:0909.4061, algorithm 4.4): random vectors are multiplied with the matrix and its transpose in
+turn, until they span its largest singular vectors. `truncate_sum` finds it exactly, where a matrix
+is a sum of few outer products already.
 """
 
 import jax
@@ -48,3 +50,37 @@ def truncate(
     left, right = (basis @ vectors).T, vectors.T @ inside
     missing = ((0, rank - left.shape[0]), (0, 0))
     return jnp.pad(left, missing), jnp.pad(right, missing)
+
+
+def truncate_sum(
+    u: Float[Array, "t o"], v: Float[Array, "t i"], rank: int
+) -> tuple[Float[Array, "r o"], Float[Array, "r i"], Float[Array, ""], Float[Array, ""]]:
+    """The best approximation of Σ_t u_t v_tᵀ by `rank` outer products, which is never formed.
+
+    With uᵀ = Q_u R_u and vᵀ = Q_v R_v the sum is Q_u (R_u R_vᵀ) Q_vᵀ, so that its singular value
+    decomposition follows from that of the matrix in the middle, which is as large as there are
+    terms, or rows or columns where these are fewer.
+
+    Args:
+        u: Left vectors.
+        v: Right vectors.
+        rank: How many products to keep; more than the sum has are zeros.
+
+    Returns:
+        left: [rank, out], orthogonal, each as long as the root of its singular value.
+        right: [rank, in], likewise; Σ_r left_r right_rᵀ is the approximation.
+        square: The sum of squares of the whole sum.
+        kept: That of the approximation.
+    """
+    q_u, r_u = jnp.linalg.qr(u.T)
+    q_v, r_v = jnp.linalg.qr(v.T)
+    left, values, right = jnp.linalg.svd(r_u @ r_v.T, full_matrices=False)
+    squares = jnp.square(values)
+    roots = jnp.sqrt(values[:rank])
+    missing = ((0, rank - roots.shape[0]), (0, 0))
+    return (
+        jnp.pad((q_u @ left[:, :rank] * roots[None]).T, missing),
+        jnp.pad((q_v @ right[:rank].T * roots[None]).T, missing),
+        squares.sum(),
+        squares[:rank].sum(),
+    )

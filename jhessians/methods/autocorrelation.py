@@ -23,9 +23,7 @@ from jhessians.methods.method import Method
 if TYPE_CHECKING:
     import numpy as np
 
-    from jhessians.capture.problem import Problem
     from jhessians.capture.site import Site
-    from jhessians.folds.normalizers import Normalizer
     from jhessians.folds.rows import GradientRows
     from jhessians.linalg.projection import Projection
     from jhessians.methods.method import Run
@@ -53,13 +51,14 @@ class AutocorrelationMethod(Method):
         """
         from jhessians.capture.sites import unshared
         from jhessians.fitting.autocorrelation import fit_autocorrelations
+        from jhessians.fitting.normalizers import make_normalizers
         from jhessians.folds.rows import GradientRows
         from jhessians.interop.processor import GradientProcessor
 
         options: AutocorrelationOptions = run.options
         problem = replace(run.problem, sites=unshared(run.problem.sites))
         rows = GradientRows(
-            projection=_projection(options),
+            projection=projection_of(options),
             tokens=options.attribute_tokens,
             split=split_sites(options, problem.sites),
             heads=max(1, options.num_heads),
@@ -68,7 +67,16 @@ class AutocorrelationMethod(Method):
         joint = options.projection_target == "global"
         if not joint:
             _check_memory(run, problem.sites, rows)
-        normalizers = _normalizers(run, problem)
+        normalizers = make_normalizers(
+            problem,
+            run.batches,
+            kind=options.normalizer,
+            optimizer_state=options.optimizer_state,
+            parameters=run.parameters,
+            include_bias=run.include_bias,
+            dtype=run.dtype,
+            progress=run.progress,
+        )
         documents = run.batches.documents
         result = fit_autocorrelations(
             problem,
@@ -179,7 +187,8 @@ def split_sites(options: AutocorrelationOptions, sites: Mapping[str, Site]) -> t
     return tuple(split)
 
 
-def _projection(options: AutocorrelationOptions) -> Projection | None:
+def projection_of(options: AutocorrelationOptions) -> Projection | None:
+    """The random matrices that the options ask for; None for whole gradients."""
     from jhessians.linalg.projection import Projection
 
     if not options.projection_dim:
@@ -222,29 +231,3 @@ def _check_memory(run: Run, sites: Mapping[str, Site], rows: GradientRows) -> No
         f"{len(sizes)} Grams of up to {max(sizes)} x {max(sizes)} take "
         f"{bytes_in_words(total)}; {advice}, unless they are wanted whole"
     )
-
-
-def _normalizers(run: Run, problem: Problem) -> dict[str, Normalizer]:
-    """Those of an optimizer, those of a pass over the data, or none."""
-    from jhessians.fitting.passes import run_pass
-    from jhessians.folds.second_moment import SecondMoment
-    from jhessians.interop.optax_state import is_orbax
-    from jhessians.interop.optimizer_state import load_normalizers
-
-    options, documents = run.options, run.batches.documents
-    if options.optimizer_state is not None:
-        path = options.optimizer_state
-        read = load_normalizers(
-            path,
-            model=problem.model,
-            parameters=() if is_orbax(path) else run.parameters(),
-            include_bias=run.include_bias,
-        )
-        modules = {name for site in problem.sites.values() for name in site.module_names()}
-        return {name: each for name, each in read.items() if name in modules}
-    if options.normalizer == "none":
-        return {}
-    fold = SecondMoment(factored=options.normalizer == "adafactor", dtype=run.dtype)
-    with run.progress.stage("Normalizers", documents.positions, "positions") as stage:
-        sums = run_pass(fold, problem, run.batches, dtype=run.dtype, advance=stage.advance)
-        return fold.finish(problem.sites, sums, documents=len(documents))

@@ -131,7 +131,7 @@ class NextTokenLoss:
             labels = sample(lax.stop_gradient(logits), document, position, self.seed, draw)
         chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
         if self.function == "log_odds":
-            is_label = jnp.arange(logits.shape[-1])[None] == labels[:, None]
+            is_label = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None] == labels[:, None]
             others = jnp.where(is_label, -jnp.inf, logits)
             losses = jax.nn.logsumexp(others, axis=-1) - chosen
         else:

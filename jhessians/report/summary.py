@@ -56,6 +56,7 @@ class Summary:
         next_shell: A command that consumes the result, see `jhessians.commands.compute.next_steps`.
         next_python: The same from Python.
         profile: Of `--profile`.
+        facts: Further lines of the table at the top, by name.
     """
 
     run_path: str
@@ -77,6 +78,7 @@ class Summary:
     next_shell: str = ""
     next_python: str = ""
     profile: Profile | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure_trees(run_path: str | Path) -> tuple[list[Tree], int]:
@@ -125,9 +127,10 @@ def render(summary: Summary) -> str:
         "devices": summary.devices,
         "model": summary.number_format,
         "time": seconds_in_words(total),
-    }
+    } | dict(summary.facts)
     lines = [f"{summary.method} {summary.product} are in {summary.run_path}", ""]
-    lines += [f"  {name:<9}{value}" for name, value in facts.items() if value]
+    width = max(map(len, facts)) + 2
+    lines += [f"  {name:<{width}}{value}" for name, value in facts.items() if value]
     if summary.coverage:
         lines += ["", "  Parameters"]
         for line in summary.coverage:

@@ -125,6 +125,42 @@ def fit(
     return out
 
 
+def build(
+    model_dir: str | Path,
+    dataset: str | Path,
+    *,
+    precision: str = "fp64",
+    token_batch_size: int = 128,
+    **options: Any,
+) -> Path:
+    """Store gradients with `bergson build`, or return an earlier store of the same content.
+
+    Args:
+        model_dir: Checkpoint folder with its tokenizer.
+        dataset: As in `fit`.
+        precision: Of the model, and so of the store.
+        token_batch_size: Padded tokens per batch; longer documents are truncated to it.
+        options: Further flags; a tuple is a list, True a bare flag.
+
+    Returns:
+        The store's folder.
+
+    Raises:
+        BergsonUnavailable, BergsonFailed: See `run_command`.
+    """
+    flags = ["--precision", precision, "--token_batch_size", str(token_batch_size), "--truncation"]
+    for name, value in options.items():
+        values = value if isinstance(value, tuple) else [value]
+        flags += [f"--{name}", *([] if value is True else map(str, values))]
+    model_dir, dataset = Path(model_dir).resolve(), Path(dataset).resolve()
+    digest = _fingerprint(model_dir, dataset, "build", flags)
+    out = session_folder() / "stores" / digest[:20]
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        run_command(["build", out, "--model", model_dir, "--dataset", dataset, *flags])
+    return out
+
+
 def shard_rows(dimension: int, shards: int) -> list[int]:
     """Rows of each shard: the first takes the remainder."""
     base, rest = divmod(dimension, shards)

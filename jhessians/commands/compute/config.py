@@ -5,17 +5,17 @@ Names and meanings follow bergson 2.5.1 wherever both tools have the option.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jhessians.config.inputs import InputOptions
 from jhessians.config.machine import ConsoleOptions, MachineOptions, OutputOptions
 from jhessians.config.numbers import NumberOptions
-from jhessians.config.option import check_all, check_tables, options_of, plain_dict
-from jhessians.config.provenance import bergson_places, config_document, read_options
+from jhessians.config.option import check_tables, options_of
+from jhessians.config.provenance import bergson_places, config_document
+from jhessians.config.replay import Replayable
 from jhessians.config.statistics import StatisticsOptions
 from jhessians.errors import ConfigError
 from jhessians.methods.method import Method
@@ -35,6 +35,7 @@ class ComputeConfig(
     MethodChoice,
     NumberOptions,
     InputOptions,
+    Replayable,
 ):
     """Everything a `compute` run depends on, the own options of every method among it.
 
@@ -44,11 +45,7 @@ class ComputeConfig(
         ConfigError: If a value has the wrong type, or lies outside its choices or range.
     """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "run_path", os.fspath(self.run_path))
-        values = {each.name: getattr(self, each.name) for each in options_of(type(self))}
-        for name, value in check_all(options_of(type(self)), values, where="the config").items():
-            object.__setattr__(self, name, value)
+    command: ClassVar[str] = "compute"
 
     @property
     def chosen(self) -> Method:
@@ -89,10 +86,6 @@ class ComputeConfig(
         _check_owners(self)
         check_tables(self)
         _check_between_tables(self)
-
-    def resolved_dict(self) -> dict[str, Any]:
-        """Every option under its name, in plain YAML types; `from_dict` reads it back."""
-        return plain_dict(self)
 
     def bergson_step(
         self, *, model: str, dataset: str, shards: int, processes: int = 1
@@ -146,34 +139,6 @@ class ComputeConfig(
         """
         step = self.bergson_step(**names)
         return config_document("compute", self.resolved_dict(), step, devices=devices)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, where: str = "the config") -> ComputeConfig:
-        """Build a config from names and values; what is missing keeps its default.
-
-        Returns:
-            A config whose values have their types; how they go together isn't checked yet.
-
-        Raises:
-            ConfigError: If a name is unknown, a value is wrong or `run_path` is missing.
-        """
-        values = dict(values)
-        run_path = values.pop("run_path", None)
-        if not isinstance(run_path, str):
-            raise ConfigError(f"{where} has no run_path; give the folder to write")
-        return cls(run_path=run_path, **check_all(options_of(cls), values, where=where))
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> ComputeConfig:
-        """The config of an earlier run, from its config.yaml or the folder that holds it.
-
-        Returns:
-            A config that makes the same run again.
-
-        Raises:
-            ConfigError: If the file is missing, is no YAML or holds no options of ours.
-        """
-        return cls.from_dict(read_options(path), where=str(path))
 
 
 def _check_owners(config: ComputeConfig) -> None:

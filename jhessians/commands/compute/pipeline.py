@@ -22,13 +22,13 @@ from jhessians.commands.problem import (
     find_linears,
     load_model,
     read_inputs,
+    require_parameter_order,
     settled_activations,
 )
 from jhessians.config.option import name_flags, options_of
 from jhessians.devices.hosts import start_hosts, together
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
-from jhessians.errors import ConfigError
 from jhessians.fitting.partitions import AUTOMATIC, needed_partitions
 from jhessians.interop.export import Destination, write_config
 from jhessians.interop.layout import DTYPES
@@ -78,12 +78,7 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
             reword=partial(name_flags, names=names),
         )
         inputs = read_inputs(config, mesh, progress, token_batch_size=config.token_batch_size)
-        if inputs.is_adapter and config.optimizer_state is not None:
-            raise ConfigError(
-                f"--optimizer_state is given, but {inputs.model_name} is an adapter, whose "
-                "parameters' order in an optimizer isn't known here; estimate with --normalizer "
-                "adam"
-            )
+        require_parameter_order(inputs, config.optimizer_state)
         problem, sites = _load_problem(config, inputs, mesh, progress)
         config = _settled(config, inputs, problem, mesh, progress)
         problem = replace(problem, activations=cast(Activations, config.activations))
