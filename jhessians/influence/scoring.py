@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhessians.capture.problem import Problem, document_ids
-from jhessians.devices.hosts import fetch
+from jhessians.devices.hosts import fetch, most_of_hosts
 from jhessians.errors import ConfigError
 from jhessians.fitting.documents import DocumentPass, count_documents, in_order, map_documents
 from jhessians.folds.combined import ByLinear, Several
@@ -279,5 +279,5 @@ def _numbered(queries: list[Any], problem: Problem) -> tuple[int, list[Any]]:
     ids = [document_ids(batch) for batch in queries]
     if any(numbers is None for numbers in ids):
         return sum(len(jax.tree.leaves(batch)[0]) for batch in queries) * problem.hosts, queries
-    largest = [np.asarray(numbers) for numbers in ids if numbers is not None]
-    return count_documents(largest, None), queries
+    here = [np.asarray(numbers) for numbers in ids if numbers is not None]
+    return most_of_hosts(count_documents(here, None)), queries
