@@ -15,7 +15,9 @@ import pytest
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute
 from jhessians.interop.processor import GradientProcessor
+from jhessians.interop.score_store import ScoreStore
 from tests.oracles import bergson, checkpoints
+from tests.small import relative_error
 from tests.test_bergson import EIGENVECTORS, errors
 from tests.tolerances import INVARIANCE
 
@@ -33,7 +35,7 @@ def model(tmp_path_factory):
 class Hosts:
     """Processes of one run, ended together whatever happens."""
 
-    def __init__(self, *commands: list[str], devices: int = 2):
+    def __init__(self, *commands: list[str], devices: int = 2, name: str = "compute"):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -48,7 +50,7 @@ class Hosts:
         }
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "jhessians", "compute", *command],
+                [sys.executable, "-m", "jhessians", name, *command],
                 env=shared | (joined if len(commands) > 1 else {}) | {"JAX_PROCESS_ID": str(index)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -113,6 +115,25 @@ def test_two_processes_compute_what_one_does(model, tmp_path, record_property):
         total = two["eigenvalue_correction_sharded"][module].sum()
         assert abs(total / values.sum() - 1) < INVARIANCE, module
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_two_processes_score_as_one_does(model, tmp_path):
+    """Queries and documents, spread over both; the lists are written once."""
+    options = {"model": str(model), "dataset": str(model / "docs.jsonl")}
+    compute(ComputeConfig(str(tmp_path / "run"), **options, world_size=1, quiet=True))
+    query = checkpoints.corpus(model, 3, seed=7, lengths=(8, 30, 17), name="query.jsonl")
+    flags = ["--hessian", str(tmp_path / "run"), "--query", str(query), "--normalize", "root_self"]
+    with Hosts([str(tmp_path / "one"), *flags], devices=1, name="score") as hosts:
+        ((code, _, errors_0),) = hosts.finish()
+        assert code == 0, errors_0
+    command = [str(tmp_path / "two"), *flags, "--query_batch_size", "2", "--fsdp"]
+    with Hosts(command, command, name="score") as hosts:
+        (code, output, errors_0), (other, silent, errors_1) = hosts.finish()
+    assert (code, other) == (0, 0), errors_0 + errors_1
+    assert "Scores of 13 documents for 3 queries" in output and "Scores" not in silent
+    one, two = (ScoreStore(tmp_path / name).read_all() for name in ("one", "two"))
+    assert relative_error(two, one) < INVARIANCE * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "run", "two"]
 
 
 @pytest.mark.slow
