@@ -1,8 +1,12 @@
 """Stores of gradients against `bergson build` in float64, and what must not change them."""
 
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +16,13 @@ import yaml
 from bergson import load_gradient_dataset
 from bergson.data import TokenGradients, load_gradients
 from bergson.gradients import GradientProcessor as TheirProcessor
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from jhessians.cli.main import main
+from jhessians.commands.build import rows as build_rows
+from jhessians.commands.table import COMMANDS
+from jhessians.config.option import options_of
 from jhessians.interop.gradient_store import GradientStore
 from jhessians.interop.low_rank_store import LowRankStore
 from tests.oracles import bergson, checkpoints
@@ -340,3 +348,103 @@ def test_the_demo_needs_no_options(tmp_path, capsys):
     exec("\n".join(line.strip() for line in code.splitlines()), namespace)  # noqa: S102
     info = json.loads((Path(tmp_path) / "run" / "info.json").read_text())
     assert info["base_dtype"] == "float32" and info["num_grads"] == info["num_items"]
+
+
+def only_error(capsys):
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("jhessians: error")]
+    assert captured.out == "" and len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--aggregation", "mean", "--attribute_tokens"], "wants one of every token"),
+        (["--rank", "2", "--projection_dim", "4"], "--projection_dim makes rows that are short"),
+        (["--rank", "2", "--attribute_tokens"], "--attribute_tokens makes rows of rank one"),
+        (["--rank", "2", "--aggregation", "sum"], "--aggregation adds up documents"),
+        (["--rank", "2", "--normalizer", "adam"], "--normalizer adam scales every entry"),
+        (["--rank", "-1"], "--rank must be at least 0"),
+        (["--projection_seed", "3"], "says nothing without a projection"),
+        (["--projection_target", "global"], "says nothing without a projection"),
+        (["--processor_path", "p", "--normalizer", "adam"], "--processor_path has its own"),
+        (["--attribute_tokens", "--moe_experts", "*"], "an expert of --moe_experts reads only"),
+        (["--store_dtype", "float32"], "'float32' is not one of fp32"),
+        (["--precision", "fp64", "--matmul_precision", "tf32"], "is for products of float32"),
+        (["--store_dtype", "fp64", "--matmul_precision", "tf32"], "is for products of float32"),
+        (["--model", "m"], "--model is given without --dataset"),
+        (["--fisher_type", "sampled"], "unknown option --fisher_type"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+    ],
+)
+def test_wrong_options_are_one_line(tmp_path, capsys, words, message):
+    assert main(["build", str(tmp_path / "out" / "x"), *words]) == 2
+    assert message in only_error(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_before_the_work(models, tmp_path, capsys, monkeypatch):
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    flags_ = flags({"model": models / "gpt2", "dataset": models / "gpt2" / "docs.jsonl",
+                    "truncation": True, "world_size": 1})  # fmt: skip
+    assert main(["build", str(tmp_path / "out" / "x"), *flags_]) == 1
+    line = only_error(capsys)
+    assert "12 rows of 3,584 fp32 numbers take 172.0 kB, where 1.0 kB are free" in line
+    assert "--projection_dim, --rank or --store_dtype bf16" in line
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_memory_bounds_the_documents_of_a_batch(models, tmp_path, capsys, monkeypatch):
+    """Rows are made one document at a time where memory holds no more, or refused."""
+    folder = models / "gpt2"
+    plenty = GradientStore(ours(tmp_path / "plenty", folder)).matrix
+    seen = []
+    real = build_rows.plan_batches
+
+    def spy(*args, **options):
+        seen.append(options["max_documents"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(build_rows, "plan_batches", spy)
+    monkeypatch.setattr(build_rows, "free_memory", lambda: 8 * 2 * 3584 * 8)
+    scarce = GradientStore(ours(tmp_path / "scarce", folder)).matrix
+    assert seen == [2] and relative_error(scarce, plenty) < SAME
+    monkeypatch.setattr(build_rows, "free_memory", lambda: 3584 * 8)
+    given = flags({"model": folder, "dataset": folder / "docs.jsonl", "truncation": True,
+                   "precision": "fp64", "world_size": 1})  # fmt: skip
+    assert main(["build", str(tmp_path / "out" / "x"), *given]) == 2
+    assert "the gradients of a document take 28.7 kB, but" in only_error(capsys)
+
+
+def test_gradients_beyond_the_format_are_cut_with_a_warning(models, tmp_path, capsys):
+    changed = tmp_path / "model"
+    shutil.copytree(models / "gpt2", changed)
+    file = changed / "model.safetensors"
+    tensors = load_file(file)
+    for name in ("transformer.h.0.ln_1.weight", "transformer.h.0.ln_1.bias"):
+        tensors[name] = tensors[name] * np.float32(1e6)
+    tensors["transformer.h.0.attn.c_attn.weight"] = tensors[
+        "transformer.h.0.attn.c_attn.weight"
+    ] / np.float32(1e6)
+    save_file(tensors, file, metadata={"format": "pt"})
+    out = ours(tmp_path / "run", changed, precision="fp32", store_dtype="fp16", quiet=False)
+    assert "beyond the range of fp16 were cut" in " ".join(capsys.readouterr().out.split())
+    found = GradientStore(out).module("h.0.attn.c_attn")
+    assert np.isfinite(found).all() and np.abs(found).max() == np.finfo(np.float16).max
+
+
+def test_help_imports_no_jax():
+    code = (
+        "import sys; from jhessians.cli.main import main; "
+        "assert main(['build', '--help']) == main(['apply', '--help']) == 0; "
+        "assert 'jax' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert max(len(line) for line in done.stdout.splitlines()) <= 100
+    for command in ("build", "apply"):
+        for each in options_of(COMMANDS[command].config):
+            assert f"  --{each.name} " in done.stdout
+        assert "statistics of --method" not in done.stdout
