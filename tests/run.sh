@@ -9,9 +9,9 @@ environment=${TEST_ENVIRONMENT:-.venv-test}
 pip() { "$environment/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 
 pip --editable '.[test]'
-# The oracles. bergson's own requirements would bring torchvision and CUDA, which it runs without.
+# The oracles. Their own requirements would bring torchvision and CUDA, which they run without.
 pip 'torch==2.13.0'
-pip --no-deps 'bergson==2.5.1' 'torchopt==0.7.3' bitsandbytes
+pip --no-deps 'bergson==2.5.1' 'torchopt==0.7.3' bitsandbytes 'kronfluence==1.0.1' einconv
 pip --requirement tests/oracles/requirements.txt
 
 # Two processes: compilations, which take most of the time, use one core each.

@@ -1,5 +1,6 @@
 """jhessians as a research script uses it: functions of pytrees, and the scripts in `examples/`."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -200,6 +201,25 @@ def test_own_model(capsys):
     assert len(jax.devices()) == 8
     losses = [float(row.split("loss ")[1]) for row in run_example("own_model.py", capsys)]
     assert losses[-1] < losses[0] / 100
+
+
+def test_who_taught_it(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["who_taught_it.py", "--documents", "40"])
+    answer, _, *places = run_example("who_taught_it.py", capsys)
+    assert answer == "Fenando Jelarbeck was born in Veltastrand."
+    assert [int(place.split()[0]) for place in places] == [1, 2, 3, 4, 5, -2, -1]
+    assert "was born in Veltastrand" in places[0]  # the one that states it
+
+
+def test_the_notebook_runs(capsys):
+    notebook = json.loads((EXAMPLES / "who_taught_it.ipynb").read_text(encoding="utf-8"))
+    session: dict = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]  # they would grow old
+            exec(compile("".join(cell["source"]), "notebook", "exec"), session)  # noqa: S102
+    said = capsys.readouterr().out
+    assert "% of 516,960 parameters are recorded" in said and said.count("Veltastrand") > 1
 
 
 def test_a_model_without_linears_is_refused():

@@ -39,3 +39,12 @@ ORACLE_AGREEMENT: Final = 1e-9
 # With --precision fp64 and --hessian_dtype fp64 only the order of float64 additions is left, 1e-15
 # each, on a model whose own code computes nothing in float32.
 FLOAT64_FACTORS: Final = 1e-12
+
+# bergson's scores of a float64 model: it sums an autocorrelation and inverts every Hessian in
+# float32, and rounds each module's part of a score to float32, which makes 1e-7 to 1e-6. Another
+# inversion or damping moves scores by 1e-3 and more.
+BERGSON_SCORES: Final = 5e-6
+
+# Our scores in float32 against float64 numpy with the same factors, of each table's largest: sums
+# of products, and eigenvectors that are stored in float32. A wrong damping moves them by 1e-2.
+SCORES: Final = 1e-5

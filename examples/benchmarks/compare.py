@@ -55,20 +55,14 @@ BERGSON_FACTORS = {
 }
 
 
-def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The options of every benchmark against the peers."""
     add = parser.add_argument
     # fmt: off
     add("--shape", nargs="+", default=["medium"], metavar="SHAPE",
         help=f"of {', '.join(PRESETS)}, or width,layers,inner width,vocabulary")
-    add("--tokens", type=int, help="in all; default the preset's, 32768 without one")
     add("--chunk", type=int, help="tokens per document; default the preset's, 256 without one")
     add("--repeats", type=int, default=3, help="runs of each tool")
-    add("--with", dest="extra", nargs="+", default=[], choices=["kronfluence"], metavar="TOOL",
-        help="compare with kronfluence too")
     for name in ("jhessians", "bergson", "kronfluence"):
         add(f"--{name}-batch", type=int, default=2048, metavar="TOKENS",
             help=f"tokens per step of {name}")
@@ -81,6 +75,10 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="keep checkpoints and factors here; default a temporary folder")
     add("--results", type=Path, default=HERE / "results", metavar="DIR", help="folder to write")
     # fmt: on
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """Parse options that `add_common` added, and others; a wrong one ends in a line."""
     options = parser.parse_args(words)
     for text in options.shape:
         if text not in PRESETS:
@@ -93,19 +91,39 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def contestants(options: argparse.Namespace, model: Path) -> list[Tool]:
-    """jhessians first, then the peers."""
-    tokens = str(model / models.TOKENS)
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_common(parser)
+    add = parser.add_argument
+    # fmt: off
+    add("--tokens", type=int, help="in all; default the preset's, 32768 without one")
+    add("--with", dest="extra", nargs="+", default=[], choices=["kronfluence"], metavar="TOOL",
+        help="compare with kronfluence too")
+    # fmt: on
+    return parse(parser, words)
+
+
+def jhessians_environment() -> dict[str, str]:
+    """So that a process finds this checkout."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path}
+
+
+def contestants(options: argparse.Namespace, model: Path, data: Path | None = None) -> list[Tool]:
+    """Whole fits: jhessians first, then the peers, on the model's own tokens or on `data`."""
+    tokens = str(data or model / models.TOKENS)
     python = peers.python_of(options.peers_env)
     shared = ["--model", str(model), "--dataset", tokens, "--use_dataset_labels", "--truncation"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     kfac = "Computing Approximating Hessians with kfac"
     tools = [
         Tool(
             "jhessians",
             [sys.executable, "-m", "jhessians", "compute", "{out}", *shared,
              "--token_batch_size", str(options.jhessians_batch)],
-            {"PYTHONPATH": path},
+            jhessians_environment(),
             {
                 stage: (rf"^{title}: .*\.\.\.$", rf"^{title}: .* in \d")
                 for stage, title in (
@@ -151,6 +169,14 @@ def contestants(options: argparse.Namespace, model: Path) -> list[Tool]:
     return tools
 
 
+def build_model(work: Path, shape: Shape, tokens: int, chunk: int) -> Path:
+    """A checkpoint with its tokens in a folder below `work`, made in a process of its own."""
+    model = work / f"model-{shape}-{tokens}-{chunk}".replace(",", "-")
+    words = [str(model), str(shape), str(tokens), str(chunk)]
+    subprocess.run([sys.executable, str(HERE / "models.py"), *words], check=True)
+    return model
+
+
 def machine_peak(python: str) -> dict[str, float]:
     """FLOP per second of float32 products, by library; a library that is missing is left out."""
     peaks = {}
@@ -172,11 +198,7 @@ def compare(options: argparse.Namespace, name: str, work: Path) -> report.Compar
     shape, tokens, chunk = PRESETS.get(name) or (Shape.parse(name), 32768, 256)
     chunk = options.chunk or chunk
     tokens = (options.tokens or tokens) // chunk * chunk
-    model = work / f"model-{shape}-{tokens}-{chunk}".replace(",", "-")
-    subprocess.run(
-        [sys.executable, str(HERE / "models.py"), str(model), str(shape), str(tokens), str(chunk)],
-        check=True,
-    )
+    model = build_model(work, shape, tokens, chunk)
     tools = contestants(options, model)
     outs = {tool.name: work / f"{model.name}-{tool.name}" for tool in tools}
     # Before the runs, at the same temperature and clock.

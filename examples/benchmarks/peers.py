@@ -1,8 +1,9 @@
 """The peers: their virtual environment, and what runs inside it.
 
 `install` is called by compare.py. As a program this file runs in the peers' own environment (or
-anyone's): `peers.py kronfluence MODEL TOKENS OUT BATCH` fits EKFAC with kronfluence, and
-`peers.py peak LIBRARY` measures the machine's float32 matrix product.
+anyone's): `peers.py kronfluence MODEL TOKENS OUT BATCH` fits EKFAC with kronfluence,
+`peers.py scores …` scores with it (see `score_with_kronfluence`), and `peers.py peak LIBRARY`
+measures the machine's float32 matrix product.
 """
 
 import json
@@ -94,12 +95,13 @@ def install(environment: Path, wanted: list[str], torch: list[str], *, allowed: 
         subprocess.run([*pip, "--no-deps", *WITHOUT_REQUIREMENTS[name]], check=True)
 
 
-def fit_with_kronfluence(model_folder: str, tokens_file: str, out: str, batch: int) -> None:
-    """EKFAC of the data's own labels, each document's last position masked as in bergson."""
+def kronfluence_analyzer(model_folder: str, out: str):
+    """kronfluence's `Analyzer`: the data's own labels, each document's last position masked as in
+    bergson.
+    """
     import torch
     import torch.nn.functional as functional
     from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments
     from kronfluence.task import Task
     from transformers import AutoModelForCausalLM
 
@@ -129,20 +131,34 @@ def fit_with_kronfluence(model_folder: str, tokens_file: str, out: str, batch: i
             mask[:, -1] = 0
             return mask
 
-    with open(tokens_file) as lines:
-        data = torch.tensor([json.loads(line)["input_ids"] for line in lines])
     task = LanguageModelling()
     model = prepare_model(model, task)
-    analyzer = Analyzer(
+    return Analyzer(
         "fit", model, task, cpu=not torch.cuda.is_available(), disable_tqdm=True, output_dir=out
     )
+
+
+def read_documents(tokens_file: str) -> list:
+    """A tensor of tokens for each line."""
+    import torch
+
+    with open(tokens_file) as lines:
+        return [torch.tensor(json.loads(line)["input_ids"]) for line in lines]
+
+
+def fit_with_kronfluence(model_folder: str, tokens_file: str, out: str, batch: int) -> None:
+    """EKFAC of the data's own labels, `batch` tokens a step."""
+    from kronfluence.arguments import FactorArguments
+
+    data = read_documents(tokens_file)
+    analyzer = kronfluence_analyzer(model_folder, out)
     common = {
         "factors_name": "ekfac",
         "factor_args": FactorArguments(strategy="ekfac", use_empirical_fisher=True),
     }
     passes = {
-        "dataset": list(data),
-        "per_device_batch_size": max(1, batch // data.shape[1]),
+        "dataset": data,
+        "per_device_batch_size": max(1, batch // len(data[0])),
         "dataloader_kwargs": None,
     }
     for stage, fit in (
@@ -153,6 +169,48 @@ def fit_with_kronfluence(model_folder: str, tokens_file: str, out: str, batch: i
         print(f"begin {stage}", flush=True)
         fit()
         print(f"end {stage}", flush=True)
+
+
+def score_with_kronfluence(
+    what: str, model_folder: str, tokens_file: str, queries_file: str, out: str, batch: int,
+    at_once: int,
+) -> None:  # fmt: skip
+    """Scores with the factors that lie in `out`, damped by 0.1 · the mean as everywhere.
+
+    Args:
+        what: "documents", "tokens", or "self" for each document's score for itself.
+        model_folder: The checkpoint.
+        tokens_file: Documents to score.
+        queries_file: Queries; unused for "self".
+        out: Folder of a fit, which receives the scores.
+        batch: Tokens a step.
+        at_once: Queries held in memory, each as large as the model, for a pass over the documents.
+            The more of them, the fewer passes.
+    """
+    from kronfluence.arguments import ScoreArguments
+
+    data = read_documents(tokens_file)
+    analyzer = kronfluence_analyzer(model_folder, out)
+    documents = max(1, batch // len(data[0]))
+    common = {"factors_name": "ekfac", "train_dataset": data,
+              "per_device_train_batch_size": documents}  # fmt: skip
+    if what == "self":
+        arguments = ScoreArguments(damping_factor=None)
+        analyzer.compute_self_scores("self", score_args=arguments, **common)
+        return
+    queries = read_documents(queries_file)
+    step = min(len(queries), documents, at_once)
+    analyzer.compute_pairwise_scores(
+        "pairwise",
+        query_dataset=queries,
+        per_device_query_batch_size=step,
+        score_args=ScoreArguments(
+            damping_factor=None,
+            compute_per_token_scores=what == "tokens",
+            query_gradient_accumulation_steps=max(1, at_once // step),
+        ),
+        **common,
+    )
 
 
 def measure_peak(library: str, size: int = 3072, repeats: int = 8) -> float:
@@ -205,5 +263,8 @@ if __name__ == "__main__":
     if task == "kronfluence":
         model, tokens, out, batch = words
         fit_with_kronfluence(model, tokens, out, int(batch))
+    elif task == "scores":
+        *texts, batch, at_once = words
+        score_with_kronfluence(*texts, int(batch), int(at_once))
     else:
         print(measure_peak(words[0]))

@@ -11,8 +11,6 @@ The page goes to examples/benchmarks/results/.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -65,9 +63,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def command(*words: str, **environment: str) -> Tool:
     """`jhessians compute` with these options; its stage is what `STARTED` says."""
-    path = os.pathsep.join(filter(None, [str(compare.ROOT), os.environ.get("PYTHONPATH")]))
     run = [sys.executable, "-m", "jhessians", "compute", "{out}", *words]
-    return Tool("jhessians", run, {"PYTHONPATH": path, **environment}, STARTED, {})
+    return Tool("jhessians", run, {**compare.jhessians_environment(), **environment}, STARTED, {})
 
 
 def keep(folder: Path) -> dict[str, str]:
@@ -88,10 +85,8 @@ def say(line: str, run: Run) -> None:
 def grow(options: argparse.Namespace, work: Path) -> Iterator[Fit]:
     """All sizes in turn, again and again; the smaller data sets are the larger ones' beginnings."""
     sizes = [times * options.tokens for times in TIMES]
-    shape, chunk = str(options.shape), options.chunk
-    model = work / f"model-{shape}-{sizes[-1]}-{chunk}".replace(",", "-")
-    build = [sys.executable, str(compare.HERE / "models.py"), str(model), shape]
-    subprocess.run([*build, str(sizes[-1]), str(chunk)], check=True)
+    chunk = options.chunk
+    model = compare.build_model(work, options.shape, sizes[-1], chunk)
     documents = (model / models.TOKENS).read_text().splitlines(keepends=True)
     data = {size: work / f"tokens-{size}.jsonl" for size in sizes}
     for size, file in data.items():

@@ -17,7 +17,7 @@ from jhessians.capture.fold import Context, Fold, JointFold
 from jhessians.capture.problem import Problem
 from jhessians.capture.site import Operands, Site, Statistics
 from jhessians.errors import FoldError
-from jhessians.typing import PyTree
+from jhessians.typing import Array, PyTree
 
 UNKNOWN_POSITIONS = 2  # stands for those of a batch without a mask, which only the model knows
 
@@ -102,7 +102,7 @@ def require_fit(
 
 
 def fold_name(fold: Any) -> str:
-    """The name of a fold's class, for messages."""
+    """The name of a fold's class, for messages; of a wrapped one, that of the fold inside."""
     wrapped = isinstance(fold, PerDocument | PerDocumentJointly)
     return type(fold.fold if wrapped else fold).__name__
 
@@ -167,7 +167,7 @@ def _term_shapes(
     if site.members is not None:  # the fold gets those of one linear
         here = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), here)
 
-    def term(a, g, mask, here):
+    def term(a: Array, g: Array, mask: Array | None, here: Mapping[str, Any]) -> PyTree[Array]:
         return fold.term(site, a, g, _Operands(here, where), Context(mask=mask))
 
     # The number formats are a guess: whether they fit is for the pass itself to find.

@@ -32,6 +32,7 @@ class Parameter:
 
     @property
     def size(self) -> int:
+        """How many numbers it has."""
         return math.prod(self.shape)
 
 
@@ -137,6 +138,10 @@ def parameters_of(
         model: Arrays or shapes.
         sites: All linears that can be recorded.
         reasons: Why other linears can't be, by the name that their site would have.
+
+    Returns:
+        The parameters in the model's order. One that several modules hold belongs to a linear if
+        any of them is a linear.
     """
     found: dict[int, Parameter] = {}
     names: dict[int, str] = {}
@@ -162,7 +167,15 @@ def parameters_of(
 
 
 def held_parameters(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Path and variable of the parameters that `node` holds itself, not in modules inside it."""
+    """The parameters that `node` holds itself, not those of modules inside it.
+
+    Args:
+        node: A module, or a dict, list or tuple that a module holds.
+        prefix: The path of `node`.
+
+    Yields:
+        Path and `nnx.Param` of each.
+    """
     held = vars(node) if isinstance(node, nnx.Module) else node
     for key, value in held.items() if isinstance(held, dict) else enumerate(held):
         path = f"{prefix}.{key}" if prefix else str(key)

@@ -25,20 +25,32 @@ class DocumentFold(Protocol):
     """
 
     def document_shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
-        """What there is of one document at one linear; a shape () stands for a single number."""
+        """The shapes of what there is of one document at one linear.
+
+        Args:
+            site: The linear; in a stack, one of its linears.
+
+        Returns:
+            A `jax.ShapeDtypeStruct`, or a pytree of some, without a document axis; the shape () is
+            that of a single number.
+        """
         ...
 
     def document_rows(
         self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
     ) -> PyTree[Array]:
-        """The documents' rows, [document, …], in the structure of `document_shapes`.
+        """The rows of this device's documents.
 
         Args:
             site: The linear.
-            a: [document, position, in], without the column of ones.
-            g: [document, position, out].
-            operands: Arrays that belong to this linear, sharded by rows.
-            context: Mask and mesh. A document all of whose positions are masked gets zeros.
+            a: [document, position, in], its input, without the column of ones for the bias.
+            g: [document, position, out], the loss gradient at its output.
+            operands: Arrays that belong to this linear, by name, sharded by rows.
+            context: Mask and mesh.
+
+        Returns:
+            [document, …] in the structure of `document_shapes`. A document all of whose positions
+            are masked gets zeros.
         """
         ...
 
@@ -56,6 +68,7 @@ class PerDocument:
     documents: int
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
+        """The shapes of one document, each with a leading axis of the batch's documents."""
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((self.documents, *x.shape), x.dtype),
             self.fold.document_shapes(site),
@@ -64,6 +77,7 @@ class PerDocument:
     def term(
         self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
     ) -> PyTree[Array]:
+        """The documents' rows, as `DocumentFold.document_rows` gives them."""
         return self.fold.document_rows(site, a, g, operands, context)
 
 
@@ -72,13 +86,26 @@ class JointDocumentFold(Protocol):
     """Something that every document has once, to which each linear adds its share: a score."""
 
     def joint_shapes(self, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
-        """What there is of one document of so many positions."""
+        """The shapes of what there is of one document, of all linears together.
+
+        Args:
+            positions: How many positions the batch's documents are padded to.
+
+        Returns:
+            A `jax.ShapeDtypeStruct`, or a pytree of some, without a document axis.
+        """
         ...
 
     def document_rows(
         self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
     ) -> PyTree[Array]:
-        """What a linear adds to the rows, [document, …]; arguments as in `DocumentFold`."""
+        """What one linear adds to the rows of this device's documents.
+
+        Arguments are those of `DocumentFold.document_rows`.
+
+        Returns:
+            [document, …] in the structure of `joint_shapes`.
+        """
         ...
 
 
@@ -98,9 +125,11 @@ class PerDocumentJointly:
     joint = "documents"
 
     def shapes(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """See `JointFold.shapes`: here the rows of a whole batch."""
         return self.row_shapes(self.documents, self.positions)
 
     def row_shapes(self, documents: int, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
+        """See `JointFold.row_shapes`."""
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((documents, *x.shape), x.dtype),
             self.fold.joint_shapes(positions),
@@ -109,9 +138,11 @@ class PerDocumentJointly:
     def term(
         self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
     ) -> PyTree[Array]:
+        """See `JointFold.term`."""
         return self.fold.document_rows(site, a, g, operands, context)
 
     def finish_rows(self, rows: PyTree[Array]) -> PyTree[Array]:
+        """The rows themselves, which are the statistic."""
         return rows
 
 
@@ -121,4 +152,5 @@ class DocumentContext(Context):
     """The context of folds that sum nothing: each device keeps the rows of its own documents."""
 
     def scatter_rows(self, x: Float[Array, "r *rest"]) -> Float[Array, "r *rest"]:
+        """`x` itself: the rows of this device's documents, which no other device adds to."""
         return x

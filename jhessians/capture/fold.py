@@ -39,13 +39,28 @@ class Context:
         return -(-rows // self.shards) * self.shards
 
     def gather_rows(self, x: Shaped[Array, "local *rest"], rows: int) -> Shaped[Array, "r *rest"]:
-        """All `rows` rows of an operand that is sharded by rows."""
+        """All rows of an operand that is sharded by rows.
+
+        Args:
+            x: This device's rows.
+            rows: How many there are on all devices, without those that pad them.
+
+        Returns:
+            The whole array, on every device.
+        """
         for axis in reversed(self.axes):
             x = lax.all_gather(x, axis, axis=0, tiled=True)
         return x[:rows]
 
     def scatter_rows(self, x: Float[Array, "r *rest"]) -> Float[Array, "local *rest"]:
-        """This device's rows of the sum of `x` over devices."""
+        """This device's rows of the sum of `x` over devices.
+
+        Args:
+            x: What this device adds to all rows.
+
+        Returns:
+            As many rows on each device: they are padded with zeros to a multiple of the devices.
+        """
         if missing := self.padded(x.shape[0]) - x.shape[0]:
             x = jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1))
         # One axis in turn: over several at once XLA makes it an all-reduce of the whole array.
@@ -54,23 +69,44 @@ class Context:
         return x
 
     def all_documents(self, x: Shaped[Array, "n *rest"]) -> Shaped[Array, "all *rest"]:
-        """`x` of the documents of all devices, in an order that `own_rows` shares."""
+        """Gather what the devices have of their documents.
+
+        Args:
+            x: Of this device's documents.
+
+        Returns:
+            Of the documents of all devices, in the order in which `own_rows` has them too.
+        """
         for axis in self.axes:
             x = lax.all_gather(x, axis, axis=0, tiled=True)
         return x
 
     def own_rows(self, x: Shaped[Array, "n s o"]) -> Shaped[Array, "all s local"]:
-        """Of all devices' documents, the features that are this device's rows of a matrix.
+        """Exchange documents for features: those that are this device's rows of a matrix.
 
-        `o` must be a multiple of the shards. Every device then has a part of each document, so that
-        a matrix whose rows are sharded meets all documents without being whole anywhere.
+        Every device then has a part of each document, so that a matrix whose rows are sharded meets
+        all documents without being whole anywhere.
+
+        Args:
+            x: All features of this device's documents; how many must be a multiple of the shards.
+
+        Returns:
+            This device's features of all devices' documents.
         """
         for axis in self.axes:
             x = lax.all_to_all(x, axis, split_axis=2, concat_axis=0, tiled=True)
         return x
 
     def own_documents(self, x: Float[Array, "all *rest"]) -> Float[Array, "n *rest"]:
-        """The sum of `x` over devices, of this device's documents: undoes `all_documents`."""
+        """Sum over devices, and keep the sums of this device's documents.
+
+        Args:
+            x: What this device adds to each of all devices' documents, in the order of
+                `all_documents`.
+
+        Returns:
+            The sums of this device's documents, in the order in which it had them.
+        """
         for axis in reversed(self.axes):
             x = lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
         return x
@@ -98,20 +134,34 @@ class Fold(Protocol):
     """
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
-        """The shapes of one linear's statistics; the mesh shards each along its first axis."""
+        """The shapes of one linear's statistics.
+
+        Args:
+            site: The linear; in a stack, one of its linears.
+
+        Returns:
+            A pytree of `jax.ShapeDtypeStruct`, each with at least one axis and a floating type, in
+            which sums are kept unless a pass asks for another. The mesh shards each array along its
+            first axis.
+        """
         ...
 
     def term(
         self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
     ) -> PyTree[Array]:
-        """The sum over this device's documents, in the structure of `shapes`.
+        """What the documents of one device add to one linear's statistics.
 
         Args:
             site: The linear.
-            a: Its input, without the column of ones that stands for the bias.
-            g: The loss gradient at its output.
-            operands: Arrays that belong to this linear, such as its eigenvectors, sharded by rows.
-            context: Mask and mesh.
+            a: [document, position, in], its input, without the column of ones for the bias.
+            g: [document, position, out], the loss gradient at its output.
+            operands: Arrays that belong to this linear, such as its eigenvectors, by name; sharded
+                by rows, of which `context.gather_rows` makes whole arrays.
+            context: Mask and mesh. Positions that the mask leaves out must add nothing.
+
+        Returns:
+            The sum over these documents, with the structure and the shapes of `shapes`. The
+            traversal adds it up over devices.
         """
         ...
 
@@ -131,19 +181,45 @@ class JointFold(Protocol):
     joint: str
 
     def shapes(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """The shapes of the statistic; the mesh shards each array along its first axis."""
+        """The shapes of the one statistic.
+
+        Returns:
+            A pytree of `jax.ShapeDtypeStruct`, each with at least one axis and a floating type. The
+            mesh shards each array along its first axis.
+        """
         ...
 
     def row_shapes(self, documents: int, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
-        """The shapes of the rows of one device's part of a batch."""
+        """The shapes of the rows of one device's part of a batch.
+
+        Args:
+            documents: How many documents that part has.
+            positions: How many positions they are padded to.
+
+        Returns:
+            A pytree of `jax.ShapeDtypeStruct`, as a rule [document, …].
+        """
         ...
 
     def term(
         self, site: Site, a: Array, g: Array, operands: Mapping[str, Any], context: Context
     ) -> PyTree[Array]:
-        """The share that a linear adds to the rows; arguments as in `Fold.term`."""
+        """The share that one linear adds to the rows.
+
+        Arguments are those of `Fold.term`.
+
+        Returns:
+            Arrays with the structure and the shapes of `row_shapes`.
+        """
         ...
 
     def finish_rows(self, rows: PyTree[Array]) -> PyTree[Array]:
-        """The batch's term of the statistic, from the rows of this device's documents."""
+        """What the documents of one device add to the statistic.
+
+        Args:
+            rows: Their rows, to which all linears have added.
+
+        Returns:
+            Arrays with the structure and the shapes of `shapes`.
+        """
         ...

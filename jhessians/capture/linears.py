@@ -54,7 +54,7 @@ class Weight:
 def modules(
     node: Any, prefix: str = "", *, inside_stacks: bool = False, seen: set[int] | None = None
 ) -> Iterator[tuple[str, nnx.Module]]:
-    """Path and module of `node` and of all modules in it, each once, the outer ones first.
+    """`node` and all modules in it, each once, the outer ones first.
 
     What is inside a linear of ours that isn't frozen belongs to that linear and is left out.
 
@@ -64,6 +64,9 @@ def modules(
         inside_stacks: Whether to go on inside our own linears and stacks; the layer's number in
             a path inside a stack is `{layer}`.
         seen: The identities of what was met already.
+
+    Yields:
+        Path and module of each.
     """
     seen = set() if seen is None else seen
     if id(node) in seen:
@@ -85,7 +88,14 @@ def modules(
 
 
 def children(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Key and value of what `node` holds that may be or contain modules."""
+    """What `node` holds that may be a module or contain some.
+
+    Args:
+        node: A module, dict, list or tuple; anything else holds nothing.
+
+    Yields:
+        Key and value of each.
+    """
     if isinstance(node, nnx.Module):
         yield from nnx.iter_module_children(node, graph=True)
         for key, value in vars(node).items():
@@ -98,14 +108,31 @@ def children(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def tapped_modules(model: nnx.Module, prefix: str = "") -> Iterator[tuple[str, Tapped]]:
-    """Path and module of every tapped module that is not frozen and not inside another one."""
+    """Every tapped module that is not frozen and not inside another one.
+
+    Args:
+        model: Is searched.
+        prefix: The path of `model`, with which the others begin.
+
+    Yields:
+        Path and module of each.
+    """
     for path, module in modules(model, prefix):
         if isinstance(module, Tapped) and not module.frozen:
             yield path, module
 
 
 def weights(module: nnx.Module, path: str) -> list[Weight]:
-    """The matrices that `module` itself multiplies with, if it is a linear that we know."""
+    """The matrices that `module` itself multiplies with.
+
+    Args:
+        module: Any module.
+        path: Where it is in the model, which its site is named by unless it has a name.
+
+    Returns:
+        One for a linear, two for `nnx.LoRA`; none for a module that is no linear we know, is frozen
+        or has no kernel.
+    """
     linear: Any = module
     if isinstance(module, Tapped):
         if module.scans or module.frozen or getattr(module, "kernel", None) is None:
@@ -127,6 +154,11 @@ def attach(model: nnx.Module, tape: Any, prefix: str = "") -> None:
 
     Linears that share one parameter share the name of the first of them: they are one site, called
     several times.
+
+    Args:
+        model: The copy. Its modules are changed in place.
+        tape: What the linears ask to multiply, or show their products.
+        prefix: The path of `model`.
     """
     names: dict[int, str] = {}
     for path, module in modules(model, prefix):
@@ -154,7 +186,9 @@ def _listen(module: Any, tape: Any, weights: list[Weight]) -> None:
 
         def einsum_op(equation: str, x: Array, kernel: Array, **options: Any) -> Array:
             y = einsum(equation, x, kernel, **options)
-            return tape.observe(weight, Product.of_einsum(equation, x.ndim), x, kernel, y)
+            how = Product.of_einsum(equation, x.ndim)
+            observed: Array = tape.observe(weight, how, x, kernel, y)
+            return observed
 
         module.einsum_op = einsum_op
         return
@@ -164,7 +198,8 @@ def _listen(module: Any, tape: Any, weights: list[Weight]) -> None:
     def dot_general(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
         y = multiply(x, kernel, dimension_numbers, **options)
         product = Product.of_dot_general(dimension_numbers, x.ndim, kernel.ndim)
-        return tape.observe(weight, product, x, kernel, y)
+        observed: Array = tape.observe(weight, product, x, kernel, y)
+        return observed
 
     module.dot_general = dot_general
     if made is not None:

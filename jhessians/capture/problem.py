@@ -44,7 +44,8 @@ def position_mask(batch: Any) -> Shaped[Array | np.ndarray, "..."] | None:
             "position's gradient counts (as a rule all of a document but its last token): add it, "
             "or None for all positions"
         )
-    return _entry(batch, "position_mask")
+    mask: Array | np.ndarray | None = _entry(batch, "position_mask")
+    return mask
 
 
 def document_ids(batch: Any) -> np.ndarray | Array | None:
@@ -56,7 +57,8 @@ def document_ids(batch: Any) -> np.ndarray | Array | None:
     Returns:
         The numbers, -1 for rows that only fill up the batch; None where there is no such entry.
     """
-    return _entry(batch, "document")
+    numbers: np.ndarray | Array | None = _entry(batch, "document")
+    return numbers
 
 
 def _entry(batch: Any, name: str) -> Any:
@@ -109,6 +111,11 @@ class Problem:
 
 
 def keep_activations(model: nnx.Module, activations: Activations | None) -> None:
-    """Set in every stack of `model`, a copy made for one trace, what it does with its products."""
+    """Set in every stack of a model whether it stores its matrix products or recomputes them.
+
+    Args:
+        model: A copy made for one trace; it is changed in place.
+        activations: What stacks do; None leaves each as it is.
+    """
     if activations is not None:
         model.set_attributes(save_products=activations == "store", raise_if_not_found=False)

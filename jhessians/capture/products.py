@@ -40,6 +40,10 @@ class Product:
             dimension_numbers: Contracted axes of both operands, then batch axes of both.
             x_axes: How many axes x has.
             kernel_axes: How many axes the kernel has.
+
+        Returns:
+            The letters of all axes; those that are contracted or of a batch have the same letter in
+            both operands.
         """
         (x_contracted, kernel_contracted), (x_batch, kernel_batch) = dimension_numbers
         letters = iter(string.ascii_letters)
@@ -62,6 +66,9 @@ class Product:
         Args:
             equation: Such as "...a,ab->...b"; an ellipsis stands for axes of x.
             x_axes: How many axes x has.
+
+        Returns:
+            The equation's letters, and free ones for the axes of an ellipsis of x.
         """
         operands, y = equation.replace(" ", "").split("->")
         x, kernel = operands.split(",")
@@ -87,7 +94,15 @@ class Product:
         return "".join(each for each in self.x if each not in self.kernel)
 
     def obstacle(self, x_shape: Sequence[int], kernel_shape: Sequence[int]) -> str | None:
-        """Why this is not a linear layer that reads documents; None if it is one."""
+        """Why this product is not that of a linear layer that reads documents.
+
+        Args:
+            x_shape: The shape of the input, whose first axis should be the documents'.
+            kernel_shape: The shape of the kernel.
+
+        Returns:
+            Half a sentence for a message; None if it is a linear layer's.
+        """
         written = f"{self.x},{self.kernel}->{self.y}"
         if "..." in self.kernel:
             return f"its kernel has an ellipsis in {written}"
@@ -105,17 +120,39 @@ class Product:
         return None
 
     def flat_input(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """x as [document, position..., in]; the very same array where it has that form."""
+        """The input with its position axes first and its features together.
+
+        Args:
+            x: An array with the axes of `self.x`.
+
+        Returns:
+            [document, position..., in]; the very same array where it has that form.
+        """
         return _flattened(x, self.x, self.positions, self.inputs)
 
     def flat_output(self, y: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """y as [document, position..., out]."""
+        """The output with its position axes first and its features together.
+
+        Args:
+            y: An array with the axes of `self.y`.
+
+        Returns:
+            [document, position..., out]; the very same array where it has that form.
+        """
         return _flattened(y, self.y, self.positions, self.outputs)
 
     def restored_output(
         self, flat: Shaped[Array, "..."], y: Shaped[Array, "..."]
     ) -> Shaped[Array, "..."]:
-        """What `flat_output` made of y, in the form of y again."""
+        """Undo `flat_output`.
+
+        Args:
+            flat: [document, position..., out].
+            y: An array of the form that is wanted; its numbers aren't read.
+
+        Returns:
+            `flat` with the axes of `self.y`.
+        """
         order = self.positions + self.outputs
         sizes = dict(zip(self.y, y.shape, strict=True))
         unflattened = flat.reshape([sizes[each] for each in order])

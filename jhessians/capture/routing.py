@@ -49,6 +49,9 @@ def route(choices: Int[Array, "n s k"], experts: int) -> Routing:
     Args:
         choices: The experts that each token chooses, all different.
         experts: How many experts there are.
+
+    Returns:
+        The routing, with n · s · k rows.
     """
     n, s, k = choices.shape
     flat = choices.reshape(-1)
@@ -66,6 +69,13 @@ def dispatch(tokens: Float[Array, "t d"], routing: Routing) -> Float[Array, "r d
     """Copies of the tokens, one for each row.
 
     The derivative is written out as a gather, too; JAX would make a slower scatter of it.
+
+    Args:
+        tokens: One vector for each token.
+        routing: Which token each row copies.
+
+    Returns:
+        The rows, sorted by expert.
     """
     return tokens[routing.token]
 
@@ -78,7 +88,15 @@ dispatch.defvjp(
 
 @jax.custom_vjp
 def collect(rows: Float[Array, "r d"], routing: Routing) -> Float[Array, "t k d"]:
-    """The rows of each token, in the order of its choices."""
+    """The rows of each token, in the order of its choices.
+
+    Args:
+        rows: One vector for each row, sorted by expert, such as what the experts return.
+        routing: Which rows are whose.
+
+    Returns:
+        k rows of each token.
+    """
     return rows[routing.row]
 
 
@@ -101,6 +119,9 @@ def grouped_product(
         x: Rows, group after group.
         kernels: The kernel of each group.
         sizes: How many rows each group has.
+
+    Returns:
+        The products, in the order of `x`.
     """
     rows, size = x.shape[0], _block_rows(x.shape[0], len(kernels))
     x = jnp.pad(x, ((0, size), (0, 0)))
@@ -120,11 +141,13 @@ def grouped_product(
     return lax.scan(group, y, (kernels, _starts(sizes), sizes))[0][:rows]
 
 
-def _product_forward(x, kernels, sizes):
+def _product_forward(
+    x: Array, kernels: Array, sizes: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
     return grouped_product(x, kernels, sizes), (x, kernels, sizes)
 
 
-def _product_backward(residuals, g):
+def _product_backward(residuals: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None]:
     x, kernels, sizes = residuals
     size = _block_rows(x.shape[0], len(kernels))
     padded_x, padded_g = (jnp.pad(t, ((0, size), (0, 0))) for t in (x, g))
@@ -163,16 +186,16 @@ def _block_rows(rows: int, groups: int) -> int:
 
 
 Grid = Callable[[Int[Array, "n c"], Bool[Array, "n c"]], PyTree[Array]]
+"""compute(rows, there) of `over_grid`."""
 
 
 def over_grid(
     compute: Grid, routing: Routing, expert: Array, *, positions: int, axes: Sequence[str]
 ) -> PyTree[Array]:
-    """What `compute` returns for one expert's rows, arranged as a grid with a line per document.
+    """Call `compute` on one expert's rows, arranged as a grid with a line for each document.
 
     The grid must be as wide as the largest number of rows that a document has for the expert. That
-    is known at run time only, so there is one branch for each of a few widths, powers of two apart;
-    for an expert that no token has chosen, the result is zeros.
+    is known at run time only, so there is one branch for each of a few widths, powers of two apart.
 
     Args:
         compute: Takes row numbers [document, column], and a mask of the same shape that is false
@@ -181,6 +204,10 @@ def over_grid(
         expert: The number of the expert.
         positions: S, which no document's number of rows exceeds.
         axes: The mesh axes; all devices take the same branch, because `compute` may communicate.
+
+    Returns:
+        What `compute` returns, for the narrowest of these grids that is wide enough; zeros for an
+        expert that no token has chosen.
     """
     experts, documents = routing.counts.shape
     sizes = routing.counts.reshape(-1)

@@ -55,7 +55,7 @@ def find_sites(
     graph, state = nnx.split(model)
     notes = _Notes(documents)
 
-    def trace(state, batch):
+    def trace(state: nnx.State[Any, Any], batch: PyTree) -> Array:
         copy = nnx.merge(graph, state, copy=True)
         attach(copy, _Listener(notes))
         return loss(copy, batch)
@@ -86,7 +86,16 @@ def find_sites(
 
 
 def restrict(sites: Mapping[str, Site], select: Callable[[str], bool]) -> Sites:
-    """The sites, and of stacks the members, whose full module names `select` accepts."""
+    """Some of the sites, and of stacks some of the members.
+
+    Args:
+        sites: By name.
+        select: Tells from a module's full name whether to keep it.
+
+    Returns:
+        The sites of which a module is kept, in the same order. If the linear that kept an input's
+        statistics is left out, the next one that reads the same input keeps them.
+    """
     kept: dict[str, Site] = {}
     owners: dict[tuple[Any, ...], str] = {}
     for site in sites.values():

@@ -61,7 +61,16 @@ class Tape:
         self.trace = TraceState()
 
     def inside(self, statistics: Statistics, layer: Array, count: int) -> "Tape":
-        """The tape of one of a stack's `count` layers, whose statistics the scan carries."""
+        """The tape of one of a stack's layers.
+
+        Args:
+            statistics: The running sums, which the scan over layers carries.
+            layer: The number of the layer.
+            count: How many layers the stack has.
+
+        Returns:
+            A tape of the same pass; its `close` gives the sums that the scan carries on.
+        """
         return Tape(
             self.fold, self.sites, statistics, self.operands, self.context, layer, self.called
         )
@@ -73,9 +82,21 @@ class Tape:
     def record(
         self, linear: Tapped, x: Array, kernel: Array, routing: Routing | None = None
     ) -> Array:
-        """x @ kernel, adding the linear's term to the statistics in the backward pass.
+        """Multiply for one of our own linears, which adds its term in the backward pass.
 
-        With a routing, x is [row, in] and the kernel [expert, in, out].
+        Args:
+            linear: The module that is called.
+            x: [document, position..., in], or with a routing [row, in].
+            kernel: [in, out], or with a routing [expert, in, out].
+            routing: Which expert reads which rows, if the linear is experts'.
+
+        Returns:
+            x @ kernel, without the bias.
+
+        Raises:
+            ValueError: If the linear is called inside a transformation such as jit, more often than
+                `find_sites` saw, or on arrays of different forms; or if an expert's is called
+                several times and the fold can't add the calls.
         """
         site = self._enter(linear.name or "")
         if site is None:
@@ -96,7 +117,21 @@ class Tape:
         return y
 
     def observe(self, weight: Weight, how: Product, x: Array, kernel: Array, y: Array) -> Array:
-        """y, the product of x and kernel that a linear of Flax has computed; adds its term."""
+        """See the product of a linear of Flax, which adds its term in the backward pass.
+
+        Args:
+            weight: What it multiplies with.
+            how: Which axes of x, kernel and y are which.
+            x: Its input.
+            kernel: The weight's array.
+            y: The product that Flax has computed of them.
+
+        Returns:
+            y, which the caller must go on with: its gradient is what is reported.
+
+        Raises:
+            ValueError: As `record`; or if the product is not that of a linear layer.
+        """
         site = self._enter(weight.name)
         if site is None:
             return y
@@ -106,7 +141,10 @@ class Tape:
         return how.restored_output(reported, y)
 
     def close(self) -> Statistics:
-        """The statistics, at the end of the pass or of a stack's layer.
+        """End the pass, or a stack's layer.
+
+        Returns:
+            The statistics, which the linears have passed on.
 
         Raises:
             ValueError: If sites were called less often than `find_sites` saw.

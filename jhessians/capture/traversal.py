@@ -69,7 +69,8 @@ def initialize(
     if mesh is None:
         return statistics()
     shardings = row_shardings(sites, jax.eval_shape(statistics), mesh)
-    return jax.jit(statistics, out_shardings=shardings)()
+    zeroed: Statistics = jax.jit(statistics, out_shardings=shardings)()
+    return zeroed
 
 
 def accumulate(
@@ -121,8 +122,14 @@ def accumulate(
     context = replace(_context(fold, mesh), weight=1 / problem.draws)
     graph, state = nnx.split(problem.model)
 
-    def local(state, batch, mask, statistics, operands):
-        def forward(statistics):
+    def local(
+        state: nnx.State[Any, Any],
+        batch: PyTree[Array],
+        mask: Array | None,
+        statistics: Statistics,
+        operands: Operands,
+    ) -> tuple[Statistics, Array]:
+        def forward(statistics: Statistics) -> tuple[Array, Statistics]:
             copy = nnx.merge(graph, state, copy=True)  # so that layers may write to it
             keep_activations(copy, problem.activations)
             tape = Tape(fold, sites, statistics, operands, replace(context, mask=mask))
@@ -134,6 +141,7 @@ def accumulate(
         # The linears add to the running sums, or to the rows of a joint fold.
         threaded = statistics
         if isinstance(fold, JointFold):
+            assert mask is not None  # as is checked above
             threaded = {fold.joint: fold.row_shapes(*mask.shape)}
         # The zeros are never read: only their cotangent, the running sum, exists in memory.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), threaded)
@@ -141,7 +149,7 @@ def accumulate(
         if value.size != problem.draws:
             raise ValueError(f"the loss has shape {value.shape}; expected {problem.draws} losses")
 
-        def backward(statistics, draw):
+        def backward(statistics: Statistics, draw: Array) -> tuple[Statistics, None]:
             draw = draw.reshape(value.shape)
             if isinstance(fold, JointFold):
                 (rows,) = pullback((draw, zeros))
@@ -183,6 +191,14 @@ def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) 
     """The specs of statistics and operands, which are sharded by rows.
 
     Rows are the first axis or, in a stack, the axis behind the member axis; of `Matrices` the next.
+
+    Args:
+        sites: The linears, of which some are stacks.
+        arrays: Statistics or operands, or their shapes, by site; another name is a joint fold's.
+        mesh: The devices, whose axes all share the rows.
+
+    Returns:
+        A spec in the place of each array.
     """
     rows = axis_names(mesh)
 
@@ -200,7 +216,7 @@ def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) 
 
 
 def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree:
-    """The shardings that `row_specs` describes, as `NamedSharding`s."""
+    """The shardings that `row_specs` describes, as `NamedSharding`s; arguments as there."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         row_specs(sites, arrays, mesh),
@@ -211,7 +227,16 @@ def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Me
 def shaped_rows(
     sites: Mapping[str, Site], shapes: Mapping[str, Any], mesh: Mesh | None
 ) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes of statistics or operands, with their shardings if there is a mesh."""
+    """Shapes of statistics or operands, with their shardings if there is a mesh.
+
+    Args:
+        sites: The linears.
+        shapes: By site, rows already padded.
+        mesh: The devices; None for a single one.
+
+    Returns:
+        `shapes`, each of them with a sharding by rows.
+    """
     if mesh is None:
         return shapes
     return jax.tree.map(

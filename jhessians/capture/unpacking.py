@@ -25,6 +25,9 @@ class PackedFold(Fold, Protocol):
             site: The linear.
             own: Its statistics, their rows still padded; in stacks with a leading member axis.
             of_input: Those of the linear that keeps what depends on the input alone.
+
+        Returns:
+            Whole arrays without padding, in stacks with a leading member axis.
         """
         ...
 

@@ -86,7 +86,7 @@ def add_options(parser: Parser, config_class: type) -> None:
 
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     text = f"{option.help} [default: {option.default_in_words}]".replace("%", "%%")
-    flag = f"--{option.name}"
+    flag = f"--{option.name}" if len(option.name) > 1 else f"-{option.name}"
     if option.value_type == "flag":
         group.add_argument(
             flag, type=_flag_word, nargs="?", const=True, metavar="true|false", help=text
@@ -150,6 +150,9 @@ def normalize_flags(arguments: Sequence[str], options: Sequence[Option]) -> list
             continue
         typed, equals, value = word.partition("=")
         name = typed.lstrip("-").replace("-", "_")
+        if name in known and typed == f"-{name}":
+            result += [typed, value] if equals else [typed]
+            continue
         if name not in known or not typed.startswith("--"):
             hint = did_you_mean(name, known, prefix="--")
             raise ConfigError(f"unknown option {typed}{hint or '; see --help for all'}")

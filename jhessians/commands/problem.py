@@ -13,17 +13,20 @@ import converters.hub
 import converters.registry
 from jhessians import demo
 from jhessians.capture.coverage import Sites
-from jhessians.capture.problem import Loss
+from jhessians.capture.problem import Loss, Problem
 from jhessians.capture.sites import find_sites
 from jhessians.commands.selection import select_sites
 from jhessians.config.inputs import InputOptions
 from jhessians.config.statistics import GradientOptions
+from jhessians.config.units import bytes_in_words
 from jhessians.data.answers import Tokenizer
 from jhessians.data.batches import Batches
 from jhessians.data.batching import plan_batches
 from jhessians.data.sources import DataOptions, load_documents
 from jhessians.devices.hosts import require_same, together
+from jhessians.devices.memory import free_memory
 from jhessians.errors import CheckpointError, ConfigError
+from jhessians.fitting import activations
 from jhessians.interop.layout import DTYPES
 from jhessians.models.config import DecoderConfig
 from jhessians.report.progress import Progress
@@ -196,6 +199,41 @@ def find_linears(
     sites = find_sites(loss, model, example, include_bias=config.include_bias)
     family = converters.registry.family_of(inputs.settings)
     return select_sites(sites, config, family.base_prefix, note)
+
+
+def settled_activations(
+    choice: str,
+    problem: Problem,
+    batches: Batches,
+    mesh: Mesh,
+    taken: int,
+    note: Callable[[str], None],
+) -> str:
+    """`store` or `recompute`, by memory where the option leaves that open.
+
+    Args:
+        choice: The option's value.
+        problem: Loss, model and linears.
+        batches: The data.
+        mesh: The devices.
+        taken: Bytes that the run's other arrays will take, over all devices.
+        note: Is told where activations don't fit.
+
+    Returns:
+        The choice.
+    """
+    if choice != activations.AUTOMATIC:
+        return choice
+    largest = activations.largest_batch(batches.plan, next(iter(batches)), mesh.size)
+    stored = activations.stored_bytes(problem, largest)
+    free = max(0, free_memory() - taken // mesh.size)
+    settled = activations.choose(stored, free)
+    if settled == "recompute":
+        note(
+            f"Activations are recomputed: stored they take {bytes_in_words(stored)} a device, "
+            f"where {bytes_in_words(free)} are free beside model and statistics"
+        )
+    return settled
 
 
 def require_parameter_order(inputs: Inputs, optimizer_state: str | None) -> None:

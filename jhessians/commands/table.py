@@ -5,6 +5,19 @@ from jhessians.commands.build import BUILD
 from jhessians.commands.compute import COMPUTE
 from jhessians.commands.convert import CONVERT
 from jhessians.commands.mix import MIX
+from jhessians.commands.score import SCORE
+from jhessians.commands.top import TOP
 
-COMMANDS = {command.name: command for command in (COMPUTE, BUILD, APPLY, MIX, CONVERT)}
+COMMANDS = {
+    command.name: command
+    for command in (
+        COMPUTE,
+        SCORE,
+        TOP,
+        BUILD,
+        APPLY,
+        MIX,
+        CONVERT,
+    )
+}
 """By name."""

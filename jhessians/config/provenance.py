@@ -76,7 +76,7 @@ def read_options(path: str | Path, command: str = "compute") -> dict[str, Any]:
 
     Args:
         path: A run's config.yaml, its config.json, or the folder that holds either.
-        command: The subcommand that it was a run of.
+        command: The subcommand that made the run.
 
     Returns:
         Name → value, as the run had them, in plain YAML types.
@@ -100,12 +100,8 @@ def read_options(path: str | Path, command: str = "compute") -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML; give a run's config.yaml") from None
     ours = document.get("jhessians") if isinstance(document, dict) else None
     options = ours.get(command) if isinstance(ours, dict) else None
-    if (
-        command == "compute"
-        and ours is None
-        and isinstance(document, dict)
-        and {"run_path", "method"} <= document.keys()
-    ):
+    is_older = command == "compute" and ours is None
+    if is_older and isinstance(document, dict) and {"run_path", "method"} <= document.keys():
         options = {name: value for name, value in document.items() if name != "metadata"}
     if not isinstance(options, dict):
         raise ConfigError(

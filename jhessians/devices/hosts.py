@@ -118,3 +118,12 @@ def fetch(array: Array, index: Callable[[Array], Array] = lambda x: x) -> np.nda
 
         return np.asarray(multihost_utils.process_allgather(part, tiled=True))
     return np.asarray(part)
+
+
+def most_of_hosts(count: int) -> int:
+    """The largest of all hosts' numbers, which must be below 2³¹; all hosts call this."""
+    if jax.process_count() == 1:
+        return count
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.int32(count))))

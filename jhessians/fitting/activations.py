@@ -35,12 +35,15 @@ def choose(stored: int, free: int) -> Activations:
     Args:
         stored: Bytes that a device would store for one batch.
         free: Bytes that model and statistics leave free on it.
+
+    Returns:
+        What `Problem.activations` should be.
     """
     return "store" if stored <= SHARE * free else "recompute"
 
 
 def stored_bytes(problem: Problem, batch: PyTree[jax.ShapeDtypeStruct]) -> int:
-    """Bytes that a device stores for one batch and does not keep when it recomputes.
+    """How much more a device stores for one batch than where it recomputes activations.
 
     They are what a trace of the forward pass leaves to the backward pass, so that they are right
     for every architecture; nothing is computed.
@@ -48,6 +51,9 @@ def stored_bytes(problem: Problem, batch: PyTree[jax.ShapeDtypeStruct]) -> int:
     Args:
         problem: Loss, model (arrays or shapes) and the linears to record.
         batch: Shapes of one device's documents.
+
+    Returns:
+        Bytes.
     """
     return _residual_bytes(problem, batch, "store") - _residual_bytes(problem, batch, "recompute")
 
@@ -81,6 +87,9 @@ def largest_batch(
         plan: All batches.
         example: One of them, of arrays [document] and [document, position].
         devices: Over which documents are spread.
+
+    Returns:
+        In the structure of `example`, for `stored_bytes`.
     """
     rows, length = max(plan.shapes, key=math.prod)
     shape = rows // devices, length

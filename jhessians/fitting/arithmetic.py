@@ -22,16 +22,33 @@ class Linear(Protocol):
     """What matters of a `jhessians.Site`: a linear, or several of one shape."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """By which `Readers` and heads are given."""
+        ...
+
     @property
-    def in_features(self) -> int: ...
+    def in_features(self) -> int:
+        """I, how many numbers it reads of a token."""
+        ...
+
     @property
-    def out_features(self) -> int: ...
+    def out_features(self) -> int:
+        """O, how many it returns."""
+        ...
+
     @property
-    def inputs(self) -> int: ...
+    def inputs(self) -> int:
+        """I', one more than I where the bias counts."""
+        ...
+
     @property
-    def input_site(self) -> str: ...
-    def module_names(self) -> list[str]: ...
+    def input_site(self) -> str:
+        """The same for all linears that read one array."""
+        ...
+
+    def module_names(self) -> list[str]:
+        """The modules that it stands for, which all have its shape."""
+        ...
 
 
 Readers = Mapping[str, float]
@@ -55,27 +72,60 @@ class Work:
     readers: Readers = field(default_factory=dict)
 
     def count(self, flop: Callable[..., float], **options: Any) -> float:
-        """`flop`, one of the functions below, of this work."""
+        """Count the arithmetic of a part of this work.
+
+        Args:
+            flop: One of the functions below that take linears and lengths.
+            options: Its further arguments.
+
+        Returns:
+            FLOP.
+        """
         if self.readers:
             options["readers"] = self.readers
         return flop(self.linears, self.lengths, draws=self.draws, **options)
 
 
 def count_lengths(lengths: Iterable[int]) -> Counter[int]:
-    """Documents of each length; those under 2 tokens are in no batch."""
+    """How many documents there are of each length.
+
+    Args:
+        lengths: Of each document, in tokens.
+
+    Returns:
+        Length → documents; without those under 2 tokens, which are in no batch.
+    """
     return Counter(int(length) for length in lengths if length >= 2)
 
 
 def multiplied_weights(
     linears: Iterable[Linear], head: int, readers: Readers | None = None
 ) -> float:
-    """Entries of all matrices that a token meets, those of the output head (`head`) included."""
+    """Entries of all matrices that a token is multiplied with.
+
+    Args:
+        linears: All of the model but the output head.
+        head: Entries of the output head's matrix.
+        readers: Which linears read some of the tokens only.
+
+    Returns:
+        Entries; a mean over tokens where not all meet the same matrices.
+    """
     return head + sum(_modules(each, readers or {}) * each.in_features * each.out_features
                       for each in linears)  # fmt: skip
 
 
 def passes(weights: float, lengths: Lengths, *, draws: int = 1) -> float:
-    """A forward pass, and for each draw a backward pass to the inputs: 2 FLOP a weight each."""
+    """A forward pass, and for each draw a backward pass to the inputs.
+
+    Args:
+        weights: Entries that a token is multiplied with, from `multiplied_weights`.
+        lengths: Of the documents.
+        draws: Of labels.
+
+    Returns:
+        FLOP: for each token and pass, 2 a weight.
+    """
     return 2 * weights * (1 + draws) * _tokens(lengths)
 
 
@@ -96,6 +146,9 @@ def covariances(
         shares_inputs: Whether linears that read one input have one A; if not, then because it
             depends on the gradients, too.
         readers: Which linears read some of the tokens only.
+
+    Returns:
+        FLOP.
     """
     total = 0.0
     for group in _by_input(linears) if shares_inputs else [[each] for each in linears]:
@@ -108,7 +161,13 @@ def covariances(
 def reduced_covariances(
     linears: Iterable[Linear], lengths: Lengths, *, draws: int = 1, readers: Readers | None = None
 ) -> float:
-    """A and S of documents' mean inputs and summed gradients: sums, and a product a document."""
+    """A and S of documents' mean inputs and summed gradients, without the passes.
+
+    Arguments are those of `covariances`.
+
+    Returns:
+        FLOP: sums over tokens, and products of one vector a document.
+    """
     linears = list(linears)
     sums = sum(_modules(each, readers or {}) * (each.inputs + draws * each.out_features)
                for each in linears)  # fmt: skip
@@ -119,7 +178,13 @@ def reduced_covariances(
 def shampoo(
     linears: Iterable[Linear], lengths: Lengths, *, draws: int = 1, readers: Readers | None = None
 ) -> float:
-    """G Gᵀ and GᵀG of each document, through its gradient or through Grams of positions."""
+    """G Gᵀ and GᵀG of each document, without the passes.
+
+    Arguments are those of `covariances`.
+
+    Returns:
+        FLOP of the cheaper way: through the document's gradient, or through Grams of its positions.
+    """
     total = 0.0
     for each in linears:
         i, o, modules = each.inputs, each.out_features, len(each.module_names())
@@ -138,9 +203,12 @@ def correction(
     draws: int = 1,
     readers: Readers | None = None,
 ) -> float:
-    """Every document's gradient in the eigenbasis, without the passes; arguments as above.
+    """Every document's gradient in the eigenbasis, without the passes.
 
-    It is rotated either as its vectors or as a matrix, on each side.
+    Arguments are those of `covariances`.
+
+    Returns:
+        FLOP of the cheaper way on each side: rotating vectors, or the gradient as a matrix.
     """
     total = 0.0
     for group in _by_input(linears):
@@ -173,8 +241,11 @@ def autocorrelation(
         projection_dim: p; 0 for whole gradients.
         tokens: Whether a row is a token's instead of a document's.
         joint: Whether the linears' projections are summed to one row of p numbers.
-        heads: Of linears that are split.
+        heads: Name of a linear that is split → into how many heads.
         draws: Of labels.
+
+    Returns:
+        FLOP.
     """
     p, total = projection_dim, 0.0
     documents, positions = sum(lengths.values()), _tokens(lengths)
@@ -196,7 +267,16 @@ def autocorrelation(
 
 
 def second_moments(linears: Iterable[Linear], lengths: Lengths, *, draws: int = 1) -> float:
-    """Every document's gradient, whose squares are summed."""
+    """Every document's gradient, whose squares are summed, without the passes.
+
+    Args:
+        linears: Those recorded.
+        lengths: Of the documents.
+        draws: Of labels, each with gradients of its own.
+
+    Returns:
+        FLOP.
+    """
     weights = sum(len(each.module_names()) * each.inputs * each.out_features for each in linears)
     return 2 * draws * weights * _tokens(lengths)
 

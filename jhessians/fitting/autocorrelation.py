@@ -51,7 +51,7 @@ def fit_autocorrelations(
 
     Args:
         problem: Loss, model and linears, none of which shares its input's statistics
-            (`jhessians.capture.traversal.unshared`).
+            (`jhessians.capture.sites.unshared`).
         batches: With a mesh, this host's rows.
         rows: How a gradient becomes a row.
         count: How many rows there are: documents (those without a gradient included) or tokens.
@@ -59,6 +59,9 @@ def fit_autocorrelations(
         normalizers: Module's full name → what its gradients are divided by; none by default.
         progress: Where stages are shown.
         positions: How many positions count in all batches, for the progress.
+
+    Returns:
+        Hessians and eigenpairs by the names of modules or heads, in float32 on every host.
 
     Raises:
         CheckpointError: If a module has no normalizer that fits, while others have.
@@ -99,9 +102,13 @@ def row_operands(
     joint: bool = False,
     normalizers: Mapping[str, Normalizer] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The operands that `GradientRows` needs, by site: its keys and its normalizer.
+    """The operands that `GradientRows` needs: keys of random matrices, and normalizers.
 
     Arguments and errors are those of `fit_autocorrelations`.
+
+    Returns:
+        Site's name → `keys` if gradients are projected and `normalizer` if there are some, in
+        stacks with a leading member axis, on the devices.
     """
     stacked = stack_normalizers(problem.sites, normalizers) if normalizers else {}
     operands: dict[str, dict[str, Any]] = {}

@@ -29,7 +29,14 @@ class Counts(NamedTuple):
     nonempty: int
 
     def terms(self, unit: str) -> int:
-        """Terms in a sum whose unit is a `position` or a `document`."""
+        """How many terms a sum over the data set has.
+
+        Args:
+            unit: Of the sum, `position` or `document`.
+
+        Returns:
+            Positions that count, or documents that have one.
+        """
         return self.positions if unit == "position" else self.nonempty
 
 

@@ -20,6 +20,7 @@ from jhessians.capture.problem import Problem, document_ids
 from jhessians.capture.site import Operands
 from jhessians.capture.traversal import accumulate, initialize
 from jhessians.devices.hosts import fetch
+from jhessians.devices.memory import return_freed_memory
 from jhessians.devices.mesh import put_batches
 from jhessians.errors import NumericsError
 from jhessians.fitting.passes import COMPILER_OPTIONS, check_fold, untraced
@@ -80,9 +81,10 @@ class DocumentPass:
         *,
         operands: Operands | None = None,
         finishing: PyTree[Any] = None,
+        ahead: bool = True,
         advance: Callable[[int], None] = lambda positions: None,
     ) -> Iterator[BatchRows]:
-        """The rows of each batch in turn; the devices compute the next ones meanwhile.
+        """The rows of each batch in turn.
 
         Args:
             batches: This host's rows of each batch. Their entry `document` says which document of
@@ -90,6 +92,8 @@ class DocumentPass:
                 come.
             operands: Further arrays that the fold needs, by site.
             finishing: Further arrays that `finish` needs, its second argument.
+            ahead: Whether the devices compute the next batch's rows while the caller has one's,
+                so that two are in memory.
             advance: Called when a batch is done, with how many of its positions counted.
 
         Yields:
@@ -116,6 +120,12 @@ class DocumentPass:
             if running:
                 yield self._finished(*running, advance)
             running = (number, batch, numbers, rows, loss)
+            del rows
+            if number == 1:  # it was compiled just now
+                return_freed_memory()
+            if not ahead:
+                yield self._finished(*running, advance)
+                running = None
         if running:
             yield self._finished(*running, advance)
 
@@ -224,12 +234,29 @@ def count_documents(ids: list[np.ndarray], documents: int | None) -> int:
 
 
 def member_rows(tree: PyTree[Any], slot: int | None) -> PyTree[Any]:
-    """One module's rows of a stack's, [document, …]."""
+    """One module's rows.
+
+    Args:
+        tree: A site's rows, [document, …], in stacks [member, document, …].
+        slot: The module's index on the member axis; None outside a stack.
+
+    Returns:
+        [document, …].
+    """
     return tree if slot is None else jax.tree.map(lambda x: x[slot], tree)
 
 
 def in_order(parts: Iterable[np.ndarray], ids: list[np.ndarray], length: int) -> np.ndarray:
-    """The rows of all batches where their documents stand in the data, [document, …]."""
+    """Put the rows of all batches where their documents stand in the data.
+
+    Args:
+        parts: Each batch's rows, [row, …].
+        ids: The documents' numbers in each batch, negative ones of no document.
+        length: How many documents the data has.
+
+    Returns:
+        [document, …]; zeros for a document that is in no batch.
+    """
     parts = list(parts)
     result = np.zeros((length, *parts[0].shape[1:]), parts[0].dtype)
     for part, numbers in zip(parts, ids, strict=True):

@@ -33,6 +33,7 @@ class Matrix(NamedTuple):
 
     @property
     def dimension(self) -> int:
+        """d, how many rows and columns it has."""
         return self.site.inputs if self.side == "activation" else self.site.out_features
 
     @property
@@ -41,14 +42,29 @@ class Matrix(NamedTuple):
         return f"the {self.side} covariance of {self.site.module_names()[self.slot or 0]}"
 
     def read(self, statistics: Statistics) -> np.ndarray:
-        """The whole symmetric matrix, on the host."""
+        """Bring the matrix to the host; with several hosts, all of them call this.
+
+        Args:
+            statistics: Packed factors, as a `FactorFold` sums them.
+
+        Returns:
+            The whole symmetric matrix, [d, d].
+        """
         blocks = statistics[self.site.name][self.side]
         take = (lambda x: x) if self.slot is None else (lambda x: x[self.slot])
         return unpack([fetch(block, take) for block in blocks], self.dimension)
 
 
 def covariance_matrices(sites: Mapping[str, Site]) -> list[Matrix]:
-    """Every distinct matrix, sites in order; an input that several linears read counts once."""
+    """Every distinct matrix of a fit.
+
+    Args:
+        sites: The linears.
+
+    Returns:
+        Two for each module, sites in order; but one activation covariance for all that read the
+        same input.
+    """
     return [
         Matrix(site, side, slot)
         for site in sites.values()
@@ -71,7 +87,15 @@ class TermCounts:
     routed: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def of(self, site: Site, slot: int | None) -> int:
-        """By one linear; at least 1, so that an expert that nobody chose has means of zero."""
+        """How many terms one linear has.
+
+        Args:
+            site: The linear's.
+            slot: Its place in the site's arrays; None outside a stack.
+
+        Returns:
+            Terms; at least 1 of an expert, so that one that nobody chose has means of zero.
+        """
         if site.name not in self.routed or slot is None:
             return self.total
         return max(1, int(self.routed[site.name][slot]))
@@ -91,7 +115,15 @@ class Eigenbases(NamedTuple):
 
 
 def eigenvector_shapes(problem: Problem, dtype: DTypeLike) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes and shardings of `Eigenbases.vectors`, before there are any."""
+    """What `Eigenbases.vectors` will look like, before there are any.
+
+    Args:
+        problem: Linears and mesh.
+        dtype: Number format of the eigenvectors.
+
+    Returns:
+        Shapes, with shardings if there is a mesh, by site and side.
+    """
     devices = problem.mesh.size if problem.mesh else 1
     shapes: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for site, side, _ in covariance_matrices(problem.sites):
@@ -119,6 +151,9 @@ def eigendecompose_covariances(
         terms: How many terms were summed.
         dtype: Of the result.
         advance: Called when a matrix is done.
+
+    Returns:
+        Eigenvectors on the devices, and eigenvalues on every host.
 
     Raises:
         NumericsError: If a matrix isn't finite; it is named.
@@ -162,7 +197,16 @@ def _empty_stack(layers: int, *entries: np.ndarray) -> Eigen:
 
 
 def place_rows(array: np.ndarray, mesh: Mesh | None, *, axis: int) -> Array:
-    """An array whose rows, along `axis`, are padded and spread over the mesh."""
+    """Put an array on the devices, its rows padded with zeros and spread over them.
+
+    Args:
+        array: The whole array, the same on every host.
+        mesh: The devices; None for a single one.
+        axis: The axis of the rows.
+
+    Returns:
+        The array; on a mesh with a multiple of the devices as rows, sharded along `axis`.
+    """
     if mesh is None:
         return jnp.asarray(array)
     width = [(0, 0)] * array.ndim

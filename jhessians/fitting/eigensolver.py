@@ -40,6 +40,9 @@ def decompose(tasks: Sequence[Task], dtype: np.dtype) -> Iterator[Eigen]:
         tasks: In the same order on every host; each host solves some, about equally costly.
         dtype: Number format of the result; the computation is in float64.
 
+    Yields:
+        Eigenvalues [d], ascending, and eigenvectors [d, d] as columns.
+
     Raises:
         NumericsError: On every host, if a matrix isn't finite or LAPACK doesn't converge; the
             matrix is named.
@@ -78,12 +81,15 @@ def decompose(tasks: Sequence[Task], dtype: np.dtype) -> Iterator[Eigen]:
 def side_by_side(
     solve: Callable[[Item], Result], items: Iterable[Item], dimension: int
 ) -> Iterator[Result]:
-    """`solve` of every item, in order, as many at a time as cores and memory allow.
+    """Solve every item, as many at a time as cores and memory allow.
 
     Args:
         solve: An eigendecomposition.
         items: In the same order on every host; each solves its own and passes over the others'.
         dimension: Rows of the largest matrix.
+
+    Returns:
+        What `solve` returns, in the order of `items`.
     """
     workers = eigendecompositions_at_once(dimension)
     return ordered_map(
@@ -100,6 +106,9 @@ def _from_owner(pair: Eigen | None, owner: int, d: int, dtype: np.dtype) -> Eige
         owner: That host.
         d: Rows of the matrix.
         dtype: Number format of the result.
+
+    Returns:
+        The owner's result.
     """
     if jax.process_count() == 1:
         assert pair is not None

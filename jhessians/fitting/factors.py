@@ -14,11 +14,22 @@ from jhessians.fitting.eigenbases import Eigenbases, Matrix, TermCounts
 from jhessians.interop.tensors import ArrayRows, ScaledRows, TensorRows
 
 Kinds = dict[str, dict[str, TensorRows]]
+"""Kind of factor → module's full name → its tensor, of which rows can be asked for."""
+
 KindShapes = dict[str, dict[str, tuple[int, ...]]]
+"""Kind of factor → module's full name → the shape of its tensor."""
 
 
 def covariance_tensors(sites: Mapping[str, Site], statistics: Statistics) -> Kinds:
-    """A and S of every module, sums over positions."""
+    """A and S of every module.
+
+    Args:
+        sites: The linears.
+        statistics: Packed factors, which are read when a tensor is.
+
+    Returns:
+        `activation_covariance` [I', I'] and `gradient_covariance` [O, O], sums over terms.
+    """
     kinds: Kinds = {"activation_covariance": {}, "gradient_covariance": {}}
     for module, site, slot in _modules(sites):
         a = Matrix(sites[site.input_site], "activation", slot)
@@ -38,6 +49,11 @@ def eigen_tensors(
         bases: Eigenpairs of means over terms.
         terms: How many those were.
         documents: How many documents: eigenvalues become means over these.
+
+    Returns:
+        `activation_eigenvectors` [I', I'] and `gradient_eigenvectors` [O, O], as columns;
+        `activation_eigenvalues` [I'], `gradient_eigenvalues` [O] and their outer product
+        `eigenvalue` [O, I'].
     """
     kinds: Kinds = {
         "activation_eigenvectors": {},
@@ -65,7 +81,16 @@ def eigen_tensors(
 
 
 def correction_tensors(sites: Mapping[str, Site], squares: Statistics, documents: int) -> Kinds:
-    """Λ of every module, a mean over documents."""
+    """Λ of every module.
+
+    Args:
+        sites: The linears.
+        squares: Sums of `EigenvalueCorrection`, by site.
+        documents: How many documents: Λ is a mean over these.
+
+    Returns:
+        `eigenvalue_correction` [O, I'].
+    """
     tensors: dict[str, TensorRows] = {}
     for module, site, slot in _modules(sites):
         shape = (site.out_features, site.inputs)
@@ -76,7 +101,14 @@ def correction_tensors(sites: Mapping[str, Site], squares: Statistics, documents
 
 
 def kind_shapes(sites: Mapping[str, Site]) -> KindShapes:
-    """The shape of every module's tensor of each kind."""
+    """The shapes of every module's tensors, before there are any.
+
+    Args:
+        sites: The linears.
+
+    Returns:
+        Those of every kind that the functions above return.
+    """
     shapes: KindShapes = {}
     for module, site, _ in _modules(sites):
         o, i = site.out_features, site.inputs

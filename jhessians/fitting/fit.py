@@ -106,9 +106,22 @@ def fit_stages(
 ) -> Iterator[Kinds]:
     """The factors, some kinds at a time, in the order in which they are computed.
 
-    Arguments and errors are those of `fit`; `terms` is how many `method.unit`s are summed, by
-    default the positions. What a stage yields must be read before the next one
-    is asked for, which takes its memory.
+    Errors are those of `fit`. What a stage yields must be read before the next one is asked for,
+    which takes its memory.
+
+    Args:
+        problem: Loss, model and linears.
+        batches: Read once per pass: a list, not an iterator. With a mesh, this host's rows.
+        positions: How many positions count, over all batches and hosts.
+        documents: How many documents there are, over all hosts; means are over these.
+        terms: How many terms `method` sums, of its `unit`; by default the positions.
+        method: The fold that sums the factors.
+        correct_eigenvalues: Whether to make the second pass, which makes KFAC EKFAC.
+        dtype: Number format of the sums and of the results.
+        progress: Where stages and warnings are shown.
+
+    Yields:
+        Covariances; then eigenvectors and eigenvalues; then corrected eigenvalues, if wanted.
     """
     if isinstance(batches, Iterator):
         raise TypeError("batches is an iterator; expected something to iterate twice, as a list")

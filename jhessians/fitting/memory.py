@@ -17,7 +17,14 @@ SHARE = 0.5
 
 
 def factor_numbers(site: Site) -> int:
-    """Numbers in a linear's covariances, their eigenvectors and its corrected eigenvalues."""
+    """Numbers in a linear's covariances, their eigenvectors and its corrected eigenvalues.
+
+    Args:
+        site: The linear; in a stack, one of its linears is counted.
+
+    Returns:
+        How many numbers, without an activation side that another linear keeps.
+    """
     sides = [site.out_features, *([site.inputs] if site.owns_input else [])]
     factors = sum(d * d + sum(math.prod(shape) for shape in packed_shapes(d)) for d in sides)
     return factors + site.out_features * site.inputs
@@ -29,15 +36,24 @@ def gram_numbers(site: Site, projection_dim: int) -> int:
     Args:
         site: The linear.
         projection_dim: p of a projected gradient [p, p]; 0 if they are whole.
+
+    Returns:
+        How many numbers.
     """
     row = projection_dim**2 or site.out_features * site.inputs
     return row**2 * len(site.slots)
 
 
 def eigendecompositions_at_once(dimension: int) -> int:
-    """How many matrices of so many rows each host may eigendecompose side by side.
+    """How many matrices each host may eigendecompose side by side.
 
-    One for each core, or as many as there is memory for: fewest of all hosts, which take turns.
+    One for each core, or as many as there is memory for.
+
+    Args:
+        dimension: Rows of the largest of the matrices.
+
+    Returns:
+        At least 1; the fewest of all hosts, which take turns.
     """
     fit = SHARE * free_on_host() / (EIGENDECOMPOSITION * dimension**2)
     return max(1, fewest_of_hosts(min(usable_cores(), int(fit))))

@@ -26,6 +26,9 @@ def partition(sites: Mapping[str, Site], count: int) -> list[dict[str, Site]]:
         sites: All linears.
         count: How many groups are wanted.
 
+    Returns:
+        Sites by name, of one group after the other; a stack may be spread over several groups.
+
     Raises:
         ConfigError: If there are fewer linears than groups.
     """
@@ -53,6 +56,10 @@ def needed_partitions(sites: Mapping[str, Site], itemsize: int, devices: int) ->
         sites: All linears.
         itemsize: Bytes of a number.
         devices: Over which rows are spread.
+
+    Returns:
+        At least 1, and at most one for each group of linears that must stay together; even so many
+        may be too few.
     """
     units = _units(sites)
     needed = sum(size for _, size in units) * itemsize / devices
@@ -66,6 +73,9 @@ def factor_bytes(sites: Mapping[str, Site], count: int, itemsize: int) -> int:
         sites: All linears.
         count: How many groups.
         itemsize: Bytes of a number.
+
+    Returns:
+        Bytes.
 
     Raises:
         ConfigError: If there are fewer linears than groups.

@@ -76,7 +76,7 @@ class Pass:
         operands: Operands | None = None,
         advance: Callable[[int], None] = lambda positions: None,
     ) -> Statistics:
-        """Sum over all batches; arguments and errors as in `run_pass`."""
+        """Sum over all batches; arguments, result and errors are those of `run_pass`."""
         if self._ahead:  # or its step would be compiled twice at the same time
             self._ahead.join()
         statistics = self.initialize()
@@ -97,7 +97,7 @@ class Pass:
         return statistics
 
     def initialize(self) -> Statistics:
-        """Sums of nothing."""
+        """The sums before the first batch: zeros."""
         return initialize(self.fold, self.problem, dtype=self.dtype)
 
     def lower(
@@ -110,7 +110,11 @@ class Pass:
 
         Args:
             batch: As `run` gets them.
-            statistics, operands: Arrays, or their shapes and shardings.
+            statistics: The running sums, or their shapes and shardings.
+            operands: Further arrays that the fold needs, or their shapes and shardings.
+
+        Returns:
+            The step, for one call's batches.
         """
         return self._step.lower(*self._arguments([batch], statistics, operands))
 

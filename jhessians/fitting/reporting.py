@@ -9,7 +9,11 @@ class Stage(Protocol):
     """One step of a fit that is under way."""
 
     def advance(self, amount: int = 1) -> None:
-        """Count `amount` more units of its work as done."""
+        """Count more of its work as done.
+
+        Args:
+            amount: Units of work.
+        """
         ...
 
 
@@ -26,6 +30,9 @@ class Reporter(Protocol):
             name: A noun or two.
             total: Units of work; None if unknown.
             unit: Plural noun of a unit.
+
+        Returns:
+            A context manager that gives the stage.
         """
         ...
 
@@ -44,10 +51,14 @@ class Silent:
     def stage(
         self, name: str, total: int | None = None, unit: str = ""
     ) -> AbstractContextManager[Stage]:
+        """A stage that isn't shown."""
         return nullcontext(self)
 
-    def note(self, line: str) -> None: ...
+    def note(self, line: str) -> None:
+        """See `Reporter.note`."""
 
-    def warn(self, line: str) -> None: ...
+    def warn(self, line: str) -> None:
+        """See `Reporter.warn`."""
 
-    def advance(self, amount: int = 1) -> None: ...
+    def advance(self, amount: int = 1) -> None:
+        """See `Stage.advance`."""

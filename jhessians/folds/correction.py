@@ -32,6 +32,7 @@ class EigenvalueCorrection:
     dtype: DTypeLike = jnp.float32
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
+        """[O, I'], a sum for each eigenvector; see `Fold.shapes`."""
         return jax.ShapeDtypeStruct((site.out_features, site.inputs), self.dtype)
 
     def term(
@@ -42,6 +43,7 @@ class EigenvalueCorrection:
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
+        """Σ_n (Q_Sᵀ G_n Q_A)² of these documents; see `Fold.term`."""
         q_a = context.gather_rows(operands["activation"], site.inputs)
         q_s = context.gather_rows(operands["gradient"], site.out_features)
         # Masking one of the two is enough. XLA merges most masks of `a` into recomputing it.

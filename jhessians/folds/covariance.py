@@ -34,7 +34,15 @@ class FactorFold(Fold, Protocol):
     unit: str = "position"
 
     def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
-        """Turn the sums over the whole data set into the factors; as a rule they are."""
+        """Turn the sums over the whole data set into the factors.
+
+        Args:
+            sites: The linears.
+            statistics: The sums of all batches, packed.
+
+        Returns:
+            The factors, packed; as a rule the sums themselves.
+        """
         return statistics
 
     def unpacked(
@@ -73,6 +81,7 @@ class Covariance(FactorFold):
     adds_calls = True  # sums over positions, whatever call they are of
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
+        """Packed A, S and a count of terms, as `factor_shapes` says; see `Fold.shapes`."""
         return factor_shapes(site, self.dtype, activation=site.owns_input, terms=site.routed)
 
     def term(
@@ -83,6 +92,7 @@ class Covariance(FactorFold):
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
+        """Σ a aᵀ and Σ g gᵀ over these documents' positions; see `Fold.term`."""
         term: dict[str, Any] = {"gradient": self._gram(g, context)}
         if site.owns_input:
             term["activation"] = self._gram(with_ones(a, site), context)
@@ -98,14 +108,26 @@ class Covariance(FactorFold):
 
 
 def two_digits(count: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "2"]:
-    """A count as two digits to the base 256, of which float32 can add more without rounding."""
+    """A count as two digits to the base 256, of which float32 can add more without rounding.
+
+    Args:
+        count: A whole number, such as the terms of one batch.
+        dtype: Number format of the digits, in which they will be summed.
+
+    Returns:
+        The multiples of 256, and the rest.
+    """
     return jnp.stack([count // 256, count % 256]).astype(dtype)
 
 
 def routed_terms(statistics: Statistics) -> dict[str, np.ndarray]:
-    """How many positions, or documents, each expert read, [member], by site.
+    """How many positions, or documents, each expert read.
 
-    Sites without experts are left out.
+    Args:
+        statistics: Sums of a `FactorFold`; with several hosts, all of them call this.
+
+    Returns:
+        Site's name → counts, [member], on the host. Sites without experts are left out.
     """
     return {
         name: np.round(fetch(sums["terms"])[:, :2]).astype(np.int64) @ np.array([256, 1])
@@ -140,7 +162,15 @@ def factor_shapes(
 
 
 def divide_activation_by_trace(sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
-    """Divide every activation matrix by its trace; those that are zero stay zero."""
+    """Divide every activation matrix by its trace.
+
+    Args:
+        sites: The linears.
+        statistics: Packed factors; each linear has an activation matrix of its own.
+
+    Returns:
+        The same with activation matrices of trace 1; those that are zero stay zero.
+    """
 
     def scaled(site: Site, factors: dict[str, Any]) -> dict[str, Any]:
         trace = packed_trace(factors["activation"], site.inputs)
@@ -151,7 +181,15 @@ def divide_activation_by_trace(sites: Mapping[str, Site], statistics: Statistics
 
 
 def with_ones(a: Float[Array, "n s i"], site: Site) -> Float[Array, "n s j"]:
-    """`a` with the column of ones that stands for the bias, where the site counts it."""
+    """A linear's input with the column of ones that stands for the bias.
+
+    Args:
+        a: The input.
+        site: Says whether the bias counts.
+
+    Returns:
+        `a` with one more column, last; or as it is where the bias doesn't count.
+    """
     if not site.ones:
         return a
     return jnp.concatenate([a, jnp.ones((*a.shape[:-1], 1), a.dtype)], axis=-1)

@@ -40,7 +40,7 @@ class DocumentGradients:
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
-        """The batch's gradients; arguments as in `DocumentFold.document_rows`."""
+        """The batch's gradients; see `DocumentFold.document_rows`."""
         a = masked(with_ones(a, site), context).astype(self.dtype)
         return jnp.einsum("nso,nsi->noi", g.astype(self.dtype), a)
 
@@ -67,7 +67,7 @@ class DocumentSquaredNorms:
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
-        """The batch's squares; arguments as in `DocumentFold.document_rows`."""
+        """The batch's squares; see `DocumentFold.document_rows`."""
         a = masked(with_ones(a, site), context).astype(self.dtype)
 
         # One document at a time: their gradients together may be large.

@@ -31,6 +31,7 @@ class Gram:
     rows: GradientRows
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
+        """[heads · d, d], the heads' matrices one below the other; see `Fold.shapes`."""
         d = self.rows.unit_size(site)
         return jax.ShapeDtypeStruct((self.rows.head_count(site) * d, d), self.rows.dtype)
 
@@ -42,6 +43,7 @@ class Gram:
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
+        """Σ_n row_nᵀ row_n of these documents, for each head; see `Fold.term`."""
         u, v, factor = self.rows.factors(site, a, g, operands, context)
         keys = self.rows.unit_keys(site, operands, context, count=2)
         grams = jax.vmap(self._of_unit, in_axes=(0, None, 0, 0))(u, v, factor, keys)
@@ -79,11 +81,13 @@ class JointGram:
     joint = "joint"
 
     def shapes(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """[p, p]; see `JointFold.shapes`."""
         assert self.rows.projection is not None
         p = self.rows.projection.dimension
         return jax.ShapeDtypeStruct((p, p), self.rows.dtype)
 
     def row_shapes(self, documents: int, positions: int) -> PyTree[jax.ShapeDtypeStruct]:
+        """[document, p], of tokens [document, position, p]; see `JointFold.row_shapes`."""
         assert self.rows.projection is not None
         shape = (documents, *([positions] if self.rows.tokens else []),
                  self.rows.projection.dimension)  # fmt: skip
@@ -97,6 +101,7 @@ class JointGram:
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
+        """A module's projected gradients, its heads added up; see `JointFold.term`."""
         u, v, factor = self.rows.factors(site, a, g, operands, context)
         blocks = len(self.rows.global_keys(site, "")) // self.rows.head_count(site)
         keys = self.rows.unit_keys(site, operands, context, count=blocks)
@@ -105,6 +110,7 @@ class JointGram:
         return shares.sum(0)
 
     def finish_rows(self, rows: Float[Array, "n *s p"]) -> PyTree[Array]:
+        """Σ rowᵀ row over these rows; see `JointFold.finish_rows`."""
         return _gram(rows.reshape(-1, rows.shape[-1]))
 
 

@@ -59,13 +59,26 @@ class AdamNormalizer:
     def bias_denominator(self) -> Float[Array, "*layers o"]:
         """√b + ε, which the bias gradient is divided by.
 
+        Returns:
+            One divisor for each output.
+
         Raises:
             ConfigError: If there is no second moment of the bias.
         """
         return jnp.sqrt(_wide(_required(self.bias_avg_sq))) + ADAM_EPSILON
 
     def denominator(self, *, include_bias: bool) -> Float[Array, "*layers o j"]:
-        """What a whole gradient is divided by; the last column is the bias's, if included."""
+        """What a whole gradient is divided by.
+
+        Args:
+            include_bias: Whether the gradient has the bias as its last column.
+
+        Returns:
+            √v + ε, and if the bias is included √b + ε as the last column.
+
+        Raises:
+            ConfigError: If the bias is included and there is no second moment of it.
+        """
         weight = self.weight_denominator()
         if not include_bias:
             return weight
@@ -79,13 +92,27 @@ class AdamNormalizer:
         Args:
             gradient: With any leading axes, and with the bias as the last column if that counts.
             include_bias: Whether there is such a column.
+
+        Returns:
+            The scaled gradients, in the form and the number format of `gradient`.
+
+        Raises:
+            ConfigError: If the bias is included and there is no second moment of it.
         """
         denominator = _aligned(self.denominator(include_bias=include_bias), gradient)
         wide = _at_least_float32(gradient.dtype, denominator.dtype)
         return (gradient.astype(wide) / denominator.astype(wide)).astype(gradient.dtype)
 
     def rows(self, start: int, stop: int) -> "AdamNormalizer":
-        """The normalizer of some of the outputs, such as an attention head's."""
+        """The normalizer of some of the outputs, such as an attention head's.
+
+        Args:
+            start: The first of these outputs.
+            stop: The one after the last.
+
+        Returns:
+            A normalizer of gradients [stop - start, in].
+        """
         return replace(
             self,
             weight_avg_sq=self.weight_avg_sq[..., start:stop, :],
@@ -125,6 +152,9 @@ class AdafactorNormalizer:
     def bias_factor(self) -> Float[Array, "*layers o"]:
         """1 / √(b + ε): multiply the bias gradient by it, formed from the *unscaled* g.
 
+        Returns:
+            One factor for each output.
+
         Raises:
             ConfigError: If there is no second moment of the bias.
         """
@@ -138,6 +168,12 @@ class AdafactorNormalizer:
         Args:
             gradient: With any leading axes, and with the bias as the last column if that counts.
             include_bias: Whether there is such a column.
+
+        Returns:
+            The scaled gradients, in the form and the number format of `gradient`.
+
+        Raises:
+            ConfigError: If the bias is included and there is no second moment of it.
         """
         factor = self.g_factor()[..., :, None], self.a_factor()[..., None, :]
         weight = gradient[..., :-1] if include_bias else gradient
@@ -152,6 +188,13 @@ class AdafactorNormalizer:
         """The normalizer of some of the outputs, such as an attention head's.
 
         Its mean of r is that of these outputs alone, as in bergson.
+
+        Args:
+            start: The first of these outputs.
+            stop: The one after the last.
+
+        Returns:
+            A normalizer of gradients [stop - start, in].
         """
         return replace(
             self,

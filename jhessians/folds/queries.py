@@ -72,7 +72,7 @@ class Queries:
             q_s = context.gather_rows(operands["gradient"], site.out_features).astype(self.dtype)
             multiplier = context.gather_rows(operands["multiplier"], site.out_features)
             coefficients = rotated_gradients(site, a, g, operands, context)
-            scaled = multiplier.astype(self.dtype) * coefficients
+            scaled = multiplier.astype(self.dtype)[None] * coefficients
             own = (coefficients * scaled).sum((1, 2))
             matrix = out_of_eigenbasis(scaled, q_s, q_a)
         else:

@@ -37,6 +37,7 @@ class ReducedCovariance(FactorFold):
     unit = "document"
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
+        """Packed A, S and a count of terms, as `factor_shapes` says; see `Fold.shapes`."""
         return factor_shapes(site, self.dtype, activation=site.owns_input, terms=site.routed)
 
     def term(
@@ -47,6 +48,7 @@ class ReducedCovariance(FactorFold):
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
+        """Σ ā āᵀ and Σ ĝ ĝᵀ over these documents; see `Fold.term`."""
         mask = jnp.ones(a.shape[:2], bool) if context.mask is None else context.mask
         counts = mask.sum(1, dtype=jnp.int32)
         summed = masked(g, context).astype(self.dtype).sum(1)

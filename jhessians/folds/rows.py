@@ -74,13 +74,21 @@ class GradientRows:
         return self.heads if site.name in self.split else 1
 
     def unit_names(self, site: Site, module: str) -> list[str]:
-        """What a module's Hessians are called: its own name, or one for each head."""
+        """What a module's Hessians are called.
+
+        Args:
+            site: The linear that the module is of; says whether it is split.
+            module: The module's full name.
+
+        Returns:
+            The module's name, or "<module>.head_<h>" for each head.
+        """
         if site.name not in self.split:
             return [module]
         return [f"{module}.head_{head}" for head in range(self.heads)]
 
     def unit_size(self, site: Site) -> int:
-        """How many numbers a row has."""
+        """How many numbers a row of the linear has, or of one of its heads."""
         if self.projection is None:
             return site.out_features // self.head_count(site) * site.inputs
         return self.projection.dimension**2
@@ -88,7 +96,17 @@ class GradientRows:
     def matrix_keys(
         self, site: Site, module: str, normalizer: Normalizer | None
     ) -> UInt32[np.ndarray, "k 2"]:
-        """Keys of a module's matrices: for each head, the left one's and the right one's."""
+        """Keys of the random matrices of a module; there must be a projection.
+
+        Args:
+            site: The linear that the module is of.
+            module: The module's full name, from which the keys follow.
+            normalizer: What scales its gradients, if anything; with Adam's, and where the bias
+                counts, each head has a right matrix of its own.
+
+        Returns:
+            For each head, the left matrix's key and the right one's.
+        """
         assert self.projection is not None
         shares_right = not site.ones and not isinstance(normalizer, AdamNormalizer)
         roles: list[tuple[str, Role]] = []
@@ -97,7 +115,15 @@ class GradientRows:
         return np.stack([self.projection.key(*role) for role in roles])
 
     def global_keys(self, site: Site, module: str) -> UInt32[np.ndarray, "k 2"]:
-        """Keys of a module's part of the global matrix: for each head, those of all its blocks."""
+        """Keys of a module's part of the global matrix; there must be a projection.
+
+        Args:
+            site: The linear that the module is of.
+            module: The module's full name, from which the keys follow.
+
+        Returns:
+            For each head, the keys of all its blocks of columns.
+        """
         assert self.projection is not None
         columns = site.out_features // self.head_count(site) * site.inputs
         units = self.unit_names(site, module)
@@ -128,7 +154,7 @@ class GradientRows:
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
-        """The batch's rows; arguments as in `DocumentFold.document_rows`."""
+        """The batch's rows; see `DocumentFold.document_rows`."""
         u, v, factor = self.factors(site, a, g, operands, context)
         keys = self.unit_keys(site, operands, context, count=2)
         rows = jax.vmap(self.of_unit, in_axes=(0, None, 0, 0), out_axes=1)(u, v, factor, keys)
@@ -146,6 +172,19 @@ class GradientRows:
 
         Where a row is one token's, what several calls of the linear contribute to a token are
         terms of the same row.
+
+        Args:
+            site: The linear.
+            a: Its input, without the column of ones for the bias.
+            g: The loss gradient at its output.
+            operands: Its `normalizer`, if there is one, sharded by rows.
+            context: Mask and mesh.
+
+        Returns:
+            u, v and the factor, in the number format `dtype`; positions that don't count are zero.
+
+        Raises:
+            ConfigError: If the bias counts and the normalizer has no second moment of it.
         """
         factors = self._scaled(site, a, g, operands, context)
         if not self.tokens or site.calls == 1:
@@ -197,7 +236,9 @@ class GradientRows:
         """Rows of one head, or of a module that isn't split.
 
         Args:
-            u, v, factor: One head's entries of `Factors`.
+            u: One head's entry of `Factors.u`.
+            v: `Factors.v`, which all heads share.
+            factor: The head's entry of `Factors.factor`, if there is one.
             keys: Those of its left and its right matrix; None without a projection.
 
         Returns:
@@ -232,14 +273,34 @@ class GradientRows:
         factor: Float[Array, "o i"] | None,
         keys: UInt32[Array, "blocks 2"],
     ) -> Float[Array, "n *s p"]:
-        """What one head, or module, adds to the rows of the global target."""
+        """What one head, or module, adds to the rows of the global target.
+
+        Args:
+            u: One head's entry of `Factors.u`.
+            v: `Factors.v`, which all heads share.
+            factor: The head's entry of `Factors.factor`, if there is one.
+            keys: Those of its blocks of the global matrix.
+
+        Returns:
+            [document, p], or [document, position, p] with `tokens`.
+        """
         assert self.projection is not None
         return project_global(self.projection, keys, u, v, factor=factor, tokens=self.tokens)
 
     def unit_keys(
         self, site: Site, operands: Mapping[str, Any], context: Context, count: int
     ) -> UInt32[Array, "h k 2"] | None:
-        """A site's keys, `count` for each head; None without a projection."""
+        """A site's keys by head.
+
+        Args:
+            site: The linear.
+            operands: Its `keys`, sharded by rows.
+            context: Mesh.
+            count: How many keys each head has.
+
+        Returns:
+            [head, key, 2]; None without a projection.
+        """
         if self.projection is None:
             return None
         heads = self.head_count(site)

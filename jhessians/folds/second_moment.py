@@ -41,6 +41,15 @@ class SecondMoment:
     dtype: DTypeLike = jnp.float32
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
+        """See `Fold.shapes`.
+
+        Args:
+            site: The linear.
+
+        Returns:
+            `weight` [O, I], or where `factored` its means `row` [O] and `col` [I]; `bias` [O] where
+            the bias counts.
+        """
         o, i = site.out_features, site.in_features
         shapes: dict[str, tuple[int, ...]] = (
             {"row": (o,), "col": (i,)} if self.factored else {"weight": (o, i)}
@@ -57,6 +66,7 @@ class SecondMoment:
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
+        """Σ_n G_n² of these documents, or means of it; see `Fold.term`."""
         a = with_ones(a, site).astype(self.dtype)
         g = masked(g, context).astype(self.dtype)  # a need not be masked as well
 

@@ -37,6 +37,7 @@ class Shampoo(FactorFold):
     shares_inputs = False  # A depends on the gradients too
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
+        """Packed A and S, as `factor_shapes` says; see `Fold.shapes`."""
         return factor_shapes(site, self.dtype, activation=True)
 
     def term(
@@ -47,22 +48,27 @@ class Shampoo(FactorFold):
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
+        """Σ G_nᵀ G_n and Σ G_n G_nᵀ over these documents; see `Fold.term`."""
         a = masked(with_ones(a, site), context).astype(self.dtype)
         g = masked(g, context).astype(self.dtype)
         return {"activation": _second_moment(a, g, context),
                 "gradient": _second_moment(g, a, context)}  # fmt: skip
 
     def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
+        """Divide every A by its trace; see `FactorFold.finish`."""
         return divide_activation_by_trace(sites, statistics)
 
 
 def _second_moment(
     x: Float[Array, "n s d"], y: Float[Array, "n s e"], context: Context
 ) -> tuple[Array, ...]:
-    """Σ_n (y_nᵀ x_n)ᵀ (y_nᵀ x_n), packed [d, d].
+    """Σ_n (y_nᵀ x_n)ᵀ (y_nᵀ x_n) over documents.
 
     With fewer positions than features it is computed as xᵀ (y yᵀ) x, through the positions' Gram
     matrix y yᵀ [s, s], so that the gradient y_nᵀ x_n [e, d] is never formed.
+
+    Returns:
+        The sum [d, d], packed.
     """
     d = x.shape[-1]
     if x.shape[1] < y.shape[-1]:

@@ -38,6 +38,7 @@ class TKFAC(FactorFold):
     shares_inputs = False  # A depends on the gradients too
 
     def shapes(self, site: Site) -> PyTree[jax.ShapeDtypeStruct]:
+        """Packed A and S, as `factor_shapes` says; see `Fold.shapes`."""
         return factor_shapes(site, self.dtype, activation=True)
 
     def term(
@@ -48,6 +49,7 @@ class TKFAC(FactorFold):
         operands: Mapping[str, Any],
         context: Context,
     ) -> PyTree[Array]:
+        """Σ tr(S_n) A_n and Σ tr(A_n) S_n over these documents; see `Fold.term`."""
         a = masked(with_ones(a, site), context).astype(self.dtype)
         g = masked(g, context).astype(self.dtype)
         return {
@@ -56,6 +58,7 @@ class TKFAC(FactorFold):
         }
 
     def finish(self, sites: Mapping[str, Site], statistics: Statistics) -> Statistics:
+        """Divide every A by its trace δ if `normalize` asks for it; see `FactorFold.finish`."""
         return divide_activation_by_trace(sites, statistics) if self.normalize else statistics
 
 

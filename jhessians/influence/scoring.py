@@ -3,7 +3,7 @@
 The command line (`jhessians.commands.score`) goes the same way and writes as it goes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,18 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhessians.capture.problem import Problem, document_ids
-from jhessians.capture.site import Operands
-from jhessians.devices.hosts import fetch
+from jhessians.devices.hosts import fetch, most_of_hosts
+from jhessians.errors import ConfigError
 from jhessians.fitting.documents import DocumentPass, count_documents, in_order, map_documents
+from jhessians.folds.combined import ByLinear, Several
 from jhessians.folds.documents import DocumentGradients
-from jhessians.folds.scores import ByLinear, LowRankScores, Scores, SelfInfluence, Several
-from jhessians.influence.curvature import (
-    DAMPING_FACTOR,
-    FactorSource,
-    Inverse,
-    kronecker_operands,
-)
-from jhessians.influence.queries import QueryGroup, QueryPass
+from jhessians.influence.curvature import DAMPING_FACTOR, FactorSource, Inverse
+from jhessians.influence.metric import Metric
+from jhessians.influence.queries import QueryGroup, QueryPass, merged
+from jhessians.influence.row_metrics import DenseHessian, metric_of
 from jhessians.linalg.inverse import Inversion
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
@@ -49,70 +46,83 @@ class ScorePass:
     """The pass over the training data for one group of queries; compiled once for each shape.
 
     Args:
-        problem: Loss, model, linears and devices.
+        metric: The inner product.
         queries: How many a group has; 0 for self-influences alone.
         low_rank: Whether queries are products of low rank.
         tokens: Whether each position has scores of its own.
         by_module: Whether each module's share is kept apart.
         self_influence: Whether documents' self-influences are wanted, too.
-        curvature: Whether those are measured by a Hessian's inverse.
-        dtype: Number format of the scores.
+
+    Raises:
+        ConfigError: If modules' shares are asked of a metric that has none, or of tokens.
     """
 
     def __init__(
         self,
-        problem: Problem,
+        metric: Metric,
         *,
         queries: int,
         low_rank: bool = False,
         tokens: bool = False,
         by_module: bool = False,
         self_influence: bool = False,
-        curvature: bool = True,
-        dtype: DTypeLike = jnp.float32,
     ):
-        self.problem, self.by_module = problem, by_module
+        if by_module and not metric.by_module:
+            raise ConfigError(
+                "`by_module` splits sums over modules, but the global projection adds their "
+                "gradients up before; leave it out"
+            )
+        if by_module and tokens:
+            raise ConfigError("`by_module` and `attribute_tokens` exclude each other; give one")
+        self.metric, self.by_module, self.own = metric, by_module, self_influence
         folds: list[tuple[str, Any]] = []
         if queries:
-            scores = LowRankScores if low_rank else Scores
-            folds.append(("scores", scores(queries, tokens, dtype)))
+            fold = metric.score_fold(queries, low_rank=low_rank, tokens=tokens)
+            folds.append(("scores", fold))
         if self_influence:
-            folds.append(("self", SelfInfluence(curvature, dtype)))
-        fold = Several(tuple(folds))
-        self._pass = DocumentPass(ByLinear(fold) if by_module else fold, problem)
+            folds.append(("self", metric.self_fold()))
+        both = Several(tuple(folds))
+        self._pass = DocumentPass(
+            ByLinear(both) if by_module else both, metric.problem, finish=self._finish
+        )
 
     def run(
         self,
         batches: Iterable[PyTree[np.ndarray]],
         group: QueryGroup | None,
-        curvature: Operands | None = None,
-        **options: Any,
+        *,
+        advance: Callable[[int], None] = lambda positions: None,
     ) -> Iterator[BatchScores]:
         """The scores of each batch in turn.
 
         Args:
             batches: This host's rows of the training data.
             group: The queries; None for self-influences alone.
-            curvature: The operands of self-influences, where they are wanted.
-            **options: See `DocumentPass.run`.
+            advance: Called when a batch is done, with how many of its positions counted.
 
         Yields:
             Documents and scores.
         """
-        mine = {} if group is None else group.operands
-        theirs = curvature or {}
-        operands = {
-            name: {**mine.get(name, {}), **theirs.get(name, {})} for name in self.problem.sites
-        }
-        for documents, rows in self._pass.run(batches, operands=operands, **options):
-            found = self._modules(rows) if self.by_module else rows["documents"]
-            host = {name: fetch(array) for name, array in found.items()}
+        metric, queries = self.metric, {} if group is None else group.operands
+        operands = merged(
+            metric.operands_of(queries), metric.rows, metric.inverse if self.own else {}
+        )
+        finishing = (queries if metric.finishing is not None else {}, metric.finishing)
+        for documents, rows in self._pass.run(
+            batches, operands=operands, finishing=finishing, advance=advance
+        ):
+            host = {name: fetch(array) for name, array in rows.items()}
             yield BatchScores(documents, host.get("scores"), host.get("self"))
+
+    def _finish(self, rows: PyTree[Array], finishing: PyTree[Array]) -> PyTree[Array]:
+        if self.by_module:
+            return self._modules(rows)
+        return self.metric.finish_scores(rows["documents"], *finishing)
 
     def _modules(self, rows: PyTree[Array]) -> dict[str, Array]:
         """Every module's rows, in the order of `module_names`, behind the documents' axis."""
         apart: dict[str, list[Array]] = {}
-        for key, site in self.problem.sites.items():
+        for key, site in self.metric.problem.sites.items():
             for name, array in rows[key].items():
                 stacked = array[None] if site.members is None else array
                 apart.setdefault(name, []).append(stacked)
@@ -140,7 +150,7 @@ def score(
     problem: Problem,
     batches: Iterable[PyTree[np.ndarray]],
     queries: Iterable[PyTree[np.ndarray]],
-    factors: FactorSource | None = None,
+    factors: Any = None,
     *,
     inversion: Inversion = "damped_inverse",
     damping_factor: float = DAMPING_FACTOR,
@@ -177,31 +187,26 @@ def score(
 
     Raises:
         CheckpointError: If the factors are not those of the problem's linears.
-        DatasetError: If a query has no gradient.
         NumericsError: If a loss or a query's gradient isn't finite, or the Hessian is singular.
         ValueError: If a document or a query is in two rows, or the problem has several draws.
     """
     inverse = Inverse(inversion, damping_factor, ev_correction)
-    curvature = None if factors is None else kronecker_operands(
-        problem, as_source(factors), inverse, dtype=dtype
-    )  # fmt: skip
+    metric = metric_of(problem, as_hessian(factors), inverse, dtype=dtype)
     queries = list(queries)
     count, numbered = _numbered(queries, problem)
     aggregate = query_aggregation != "none"
     group = QueryPass(
-        problem, count=1 if aggregate else count, curvature=curvature, rank=query_rank,
-        unit_normalize=unit_normalize, aggregate=aggregate, dtype=dtype,
+        metric, count=1 if aggregate else count, rank=query_rank, unit_normalize=unit_normalize,
+        aggregate=aggregate,
     ).run(numbered, weight=1 / count if query_aggregation == "mean" else 1.0)  # fmt: skip
     if unit_normalize:
         normalize = "root_self"
     passing = ScorePass(
-        problem, queries=1 if aggregate else count, low_rank=query_rank is not None,
-        self_influence=normalize != "none", curvature=curvature is not None, dtype=dtype,
+        metric, queries=1 if aggregate else count, low_rank=query_rank is not None,
+        self_influence=normalize != "none",
     )  # fmt: skip
     ids, parts = [], []
-    for numbers, scores, own in passing.run(
-        batches, group, curvature if normalize != "none" else None
-    ):
+    for numbers, scores, own in passing.run(batches, group):
         assert scores is not None
         ids.append(numbers)
         parts.append(normalized(scores, own, normalize))
@@ -213,7 +218,7 @@ def score(
 def self_influence(
     problem: Problem,
     batches: Iterable[PyTree[np.ndarray]],
-    factors: FactorSource | None = None,
+    factors: Any = None,
     *,
     inversion: Inversion = "damped_inverse",
     damping_factor: float = DAMPING_FACTOR,
@@ -230,13 +235,9 @@ def self_influence(
         CheckpointError, NumericsError, ValueError: As in `score`.
     """
     inverse = Inverse(inversion, damping_factor, ev_correction)
-    curvature = None if factors is None else kronecker_operands(
-        problem, as_source(factors), inverse, dtype=dtype
-    )  # fmt: skip
-    passing = ScorePass(
-        problem, queries=0, self_influence=True, curvature=curvature is not None, dtype=dtype
-    )
-    found = [(ids, own) for ids, _, own in passing.run(batches, None, curvature)]
+    metric = metric_of(problem, as_hessian(factors), inverse, dtype=dtype)
+    passing = ScorePass(metric, queries=0, self_influence=True)
+    found = [(ids, own) for ids, _, own in passing.run(batches, None)]
     if not found:
         raise ValueError("there are no batches; expected at least one")
     ids = [numbers for numbers, _ in found]
@@ -251,10 +252,10 @@ def document_gradients(
     return map_documents(DocumentGradients(), problem, batches, **options)
 
 
-def as_source(factors: Any) -> FactorSource:
-    """Factors of `fit`, kind → module → array, or of whatever can be read one by one."""
-    if hasattr(factors, "read") and hasattr(factors, "kinds"):
-        return factors
+def as_hessian(factors: Any) -> FactorSource | DenseHessian | None:
+    """Factors of `fit`, kind → module → array, as what is read one by one; others as they are."""
+    if factors is None or isinstance(factors, DenseHessian) or hasattr(factors, "read"):
+        return factors  # type: ignore[no-any-return]
     return _InMemory(factors)
 
 
@@ -278,5 +279,5 @@ def _numbered(queries: list[Any], problem: Problem) -> tuple[int, list[Any]]:
     ids = [document_ids(batch) for batch in queries]
     if any(numbers is None for numbers in ids):
         return sum(len(jax.tree.leaves(batch)[0]) for batch in queries) * problem.hosts, queries
-    largest = [np.asarray(numbers) for numbers in ids if numbers is not None]
-    return count_documents(largest, None), queries
+    here = [np.asarray(numbers) for numbers in ids if numbers is not None]
+    return most_of_hosts(count_documents(here, None)), queries

@@ -5,7 +5,6 @@ up — a missing shard, shards that hold different modules, rows that don't fit 
 """
 
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -155,31 +154,6 @@ class FactorStore:
                     )
             self._parts[kind] = parts
         return self._parts[kind]
-
-
-def load_factors(
-    path: str | Path, kinds: Iterable[str] | None = None
-) -> dict[str, dict[str, Shaped[np.ndarray, "..."]]]:
-    """All factors of a run, or those of some kinds: kind → module name → tensor.
-
-    Args:
-        path: The run's directory, or its `influence_results`. bergson's tree is read where it
-            exists, the older one otherwise, whose eigenvalue correction is in another unit; see
-            `FactorStore`, which also reads one tensor at a time.
-        kinds: Keys of `layout.KINDS`; all that are there if left out.
-
-    Returns:
-        Arrays in the dtypes of the files; all of them are in memory at once.
-
-    Raises:
-        CheckpointError: See `FactorStore`.
-        KeyError: If a kind is not there.
-    """
-    store = FactorStore(path)
-    return {
-        kind: {module: store.read(kind, module) for module in store.shapes(kind)}
-        for kind in (store.kinds if kinds is None else kinds)
-    }
 
 
 def _folders(root: Path, tree: Tree) -> dict[str, Path]:

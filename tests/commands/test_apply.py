@@ -19,7 +19,7 @@ from bergson.hessians.preconditioner import (
 from safetensors.numpy import load_file, save_file
 
 from jhessians.cli.main import main
-from jhessians.commands import apply as command
+from jhessians.config import inversion as table
 from jhessians.interop.gradient_store import GradientStore, GradientWriter
 from jhessians.linalg.inverse import INVERSIONS
 from tests.interop.synthetic import SIZES, export, make_factors
@@ -91,7 +91,7 @@ CASES.remove(("factored_tikhonov", True))
 
 
 def test_the_options_know_all_inversions():
-    assert command.INVERSIONS == INVERSIONS
+    assert table.INVERSIONS == INVERSIONS
 
 
 @pytest.mark.parametrize(("inversion", "correct"), CASES)

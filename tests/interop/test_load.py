@@ -8,8 +8,9 @@ import pytest
 import safetensors.numpy
 
 from jhessians.errors import CheckpointError
+from jhessians.influence.factors import load_factors
 from jhessians.interop.layout import KINDS
-from jhessians.interop.load import FactorStore, load_factors
+from jhessians.interop.load import FactorStore
 from tests.interop.synthetic import N_DOCS, SIZES, TOTAL, export, make_factors
 
 

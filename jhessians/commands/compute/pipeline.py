@@ -5,13 +5,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-import converters.hub
 import converters.parameter_order
 from jhessians.capture.coverage import Sites
 from jhessians.capture.problem import Activations, Problem
@@ -23,14 +23,12 @@ from jhessians.commands.problem import (
     load_model,
     read_inputs,
     require_parameter_order,
+    settled_activations,
 )
 from jhessians.config.option import name_flags, options_of
-from jhessians.config.units import bytes_in_words
 from jhessians.devices.hosts import start_hosts, together
-from jhessians.devices.memory import free_memory
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
-from jhessians.fitting import activations
 from jhessians.fitting.partitions import AUTOMATIC, needed_partitions
 from jhessians.interop.export import Destination, write_config
 from jhessians.interop.layout import DTYPES
@@ -47,13 +45,14 @@ def is_first_host() -> bool:
     return jax.process_index() == 0
 
 
-def compute(config: ComputeConfig) -> Summary:
+def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
     """Fit the Hessian that `config` asks for and write it under its run path.
 
     Every process of a run on several hosts calls this; the first one writes.
 
     Args:
         config: Validated.
+        into: Another folder than the run path to write, which another run will move there.
 
     Returns:
         What there is to say of the run.
@@ -67,7 +66,7 @@ def compute(config: ComputeConfig) -> Summary:
     require_supported(config.matmul_precision, jax.local_devices()[0])
     with ExitStack() as stack:
         with together():
-            directory = RunDirectory(config.run_path, config.overwrite, writer=first)
+            directory = RunDirectory(into or config.run_path, config.overwrite, writer=first)
             part = stack.enter_context(directory)
             recorder = stack.enter_context(
                 recording(part, profile=config.profile, trace=config.profile_trace)
@@ -112,7 +111,7 @@ def compute(config: ComputeConfig) -> Summary:
         with together():
             stack.close()
     # Only the first process is sure to see the folder, and only it has something to say.
-    trees, disk_bytes = measure_trees(config.run_path) if first else ([], 0)
+    trees, disk_bytes = measure_trees(into or config.run_path) if first else ([], 0)
     shell, python = next_steps(
         config, model=inputs.model_name, dataset=inputs.dataset_name, shards=shards,
         model_max_length=inputs.shape.positions,
@@ -175,20 +174,10 @@ def _settled(
     partitions, choice = config.module_partitions, config.activations
     if partitions == AUTOMATIC:
         partitions = needed_partitions(sites, dtype.itemsize, mesh.size)
-    if choice == activations.AUTOMATIC:
-        batches = inputs.batches
-        largest = activations.largest_batch(batches.plan, next(iter(batches)), mesh.size)
-        stored = activations.stored_bytes(problem, largest)
-        taken = config.chosen.statistics_bytes(
-            sites, config.method_options, dtype, partitions=partitions
-        )
-        free = max(0, free_memory() - taken // mesh.size)
-        choice = activations.choose(stored, free)
-        if choice == "recompute":
-            progress.note(
-                f"Activations are recomputed: stored they take {bytes_in_words(stored)} a device, "
-                f"where {bytes_in_words(free)} are free beside model and statistics"
-            )
+    taken = config.chosen.statistics_bytes(
+        sites, config.method_options, dtype, partitions=partitions
+    )
+    choice = settled_activations(choice, problem, inputs.batches, mesh, taken, progress.note)
     return replace(config, module_partitions=partitions, activations=choice, **settled)
 
 

@@ -1,4 +1,4 @@
-"""`apply`: an inverse Hessian times the gradients of a store, one module at a time."""
+"""What `apply` does: an inverse Hessian times the gradients of a store, one module at a time."""
 
 from __future__ import annotations
 
@@ -7,92 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jhessians.commands.command import Command, Positional
-from jhessians.config.machine import ConsoleOptions
-from jhessians.config.numbers import NUMBERS
-from jhessians.config.option import check, name_flags, option, options_of, plain_dict
+from jhessians.commands.apply.config import ApplyConfig
+from jhessians.config.option import name_flags, options_of
 from jhessians.config.units import bytes_in_words, count_in_words, seconds_in_words
-from jhessians.errors import CheckpointError, ConfigError, NumericsError, OutputError
+from jhessians.errors import CheckpointError, NumericsError, OutputError
 
-if TYPE_CHECKING:  # JAX takes seconds to import: --help must not wait for it
+if TYPE_CHECKING:
     import numpy as np
 
     from jhessians.influence.inverses import StoredInverse
     from jhessians.interop.gradient_store import GradientStore, GradientWriter
     from jhessians.interop.processor import GradientProcessor
 
-SOURCES = "what to run on"
-INVERSE = "inverse"
-# Those of `jhessians.linalg.inverse`, which imports JAX; a test compares.
-INVERSIONS = ("damped_inverse", "absolute_damped_inverse", "tikhonov_filtered", "pseudoinverse",
-              "factored_tikhonov")  # fmt: skip
 SHARE = 1 / 24
 """Of the free memory, what a slice of rows may take: products make several of its size."""
-
-
-@dataclass(frozen=True)
-class ApplyConfig(ConsoleOptions):
-    """Options of `apply`; those of the inverse are bergson's."""
-
-    out: str = ""
-
-    hessian: str | None = option(
-        None,
-        "Folder of the Hessian, of Kronecker factors or an autocorrelation Hessian, made by "
-        "jhessians or bergson.",
-        group=SOURCES, metavar="PATH", default_text="required",
-    )  # fmt: skip
-    gradients: str | None = option(
-        None, "Folder of the gradient store, made by jhessians or bergson.",
-        group=SOURCES, metavar="PATH", default_text="required",
-    )  # fmt: skip
-    inversion: str = option(
-        "damped_inverse",
-        "How an eigenvalue l is inverted, with c the damping factor and m the mean eigenvalue of "
-        "the module: 1 / (l + c m); absolute 1 / (l + c); filtered l / (l^2 + (c m)^2); pseudo "
-        "1 / l above c m, else 0; factored: damping split between the factors, which is the first "
-        "one for a dense Hessian.",
-        group=INVERSE, metavar="HOW", choices=INVERSIONS,
-    )  # fmt: skip
-    damping_factor: float = option(
-        0.1, "c, relative to the mean eigenvalue; in absolute_damped_inverse absolute.",
-        group=INVERSE, metavar="C", minimum=0.0,
-    )  # fmt: skip
-    ev_correction: bool | None = option(
-        None, "Take the corrected eigenvalues (EKFAC).",
-        group=INVERSE, value_type="flag",
-        default_text="true if the Hessian has them and the inversion can take them",
-    )  # fmt: skip
-    precision: str = option(
-        "fp32", "Number format of the products and of what is stored; bergson's is fp32.",
-        group=NUMBERS, choices=("fp32", "fp64"),
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        for each in options_of(type(self)):
-            object.__setattr__(self, each.name, check(each, getattr(self, each.name)))
-
-    @property
-    def needs_float64(self) -> bool:
-        """Whether some array of JAX's must be in 64 bits."""
-        return self.precision == "fp64"
-
-    def validate(self) -> None:
-        """Raise ConfigError unless all folders are named and the inverse makes sense."""
-        if not self.out.strip():
-            raise ConfigError("OUT is empty; give the folder to write")
-        for name in ("hessian", "gradients"):
-            if not (getattr(self, name) or "").strip():
-                raise ConfigError(f"--{name} is missing; give the folder")
-        if self.ev_correction and self.inversion == "factored_tikhonov":
-            raise ConfigError(
-                "--inversion factored_tikhonov needs eigenvalues that are products of the "
-                "factors', which those of --ev_correction are not; leave one of them out"
-            )
-
-    def resolved_dict(self) -> dict[str, Any]:
-        """Every option under its name, in plain YAML types."""
-        return plain_dict(self)
 
 
 @dataclass(frozen=True)
@@ -328,30 +256,3 @@ def _is_factored(inverse: StoredInverse) -> bool:
     from jhessians.influence.inverses import FactoredInverse
 
     return isinstance(inverse, FactoredInverse)
-
-
-DESCRIPTION = """\
-Multiply the gradients of a store by the inverse of a Hessian, of Kronecker
-factors or dense, and write a store of the same form, such as queries for
-bergson score. Both may be jhessians' or bergson's.
-"""
-EXAMPLES = """\
-  jhessians apply runs/preconditioned --hessian runs/kfac --gradients runs/query
-  jhessians apply runs/preconditioned --hessian runs/dense --gradients runs/query \\
-      --inversion pseudoinverse --damping_factor 0.01
-"""
-
-APPLY = Command(
-    name="apply",
-    summary="multiply a store's gradients by an inverse Hessian",
-    usage="OUT --hessian PATH --gradients PATH [options]",
-    description=DESCRIPTION,
-    examples=EXAMPLES,
-    config=ApplyConfig,
-    positionals=(
-        Positional("out", "Folder to write; must not exist yet.",
-                   "jhessians apply runs/out --hessian runs/kfac --gradients runs/query"),
-    ),
-    run=lambda config: apply(config).render(),
-    compiles=True,
-)  # fmt: skip

@@ -1,0 +1,66 @@
+"""Documents at the top and the bottom of queries' rankings, as a terminal shows them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from jhessians.influence.ranking import Ranked
+
+QUERIES_SHOWN = 3
+HELPFUL, HARMFUL = 5, 2
+WIDTH = 80
+
+
+def ranking_lines(title: str, best: Iterable[Ranked], worst: Iterable[Ranked],
+                  text_of: Callable[[int], str]) -> list[str]:  # fmt: skip
+    """One query's documents, a line each, with rank, score and number.
+
+    Args:
+        title: The query's own text.
+        best: The most helpful ones.
+        worst: The most harmful ones.
+        text_of: A document's text, by its number.
+
+    Returns:
+        Lines of at most 80 columns.
+    """
+    lines = [f"  {shortened(title, WIDTH - 2)}"]
+    for each in [*best, *sorted(worst, key=lambda each: each.rank)]:
+        before = f"    {each.rank:>3}  {each.score:>10.4g}  #{each.document:<6} "
+        lines.append(before + shortened(text_of(each.document), WIDTH - len(before)))
+    return lines
+
+
+def shortened(text: str, width: int) -> str:
+    """A text on one line, cut at a word where it is too long."""
+    line = " ".join(text.split())
+    return (
+        line
+        if len(line) <= width
+        else textwrap.shorten(line, width, placeholder=" …") or (line[: width - 1] + "…")
+    )
+
+
+def retrieval(scores: np.ndarray, relevant: Sequence[Sequence[int]]) -> dict[str, float]:
+    """How well rankings find the documents that are known to be relevant.
+
+    Args:
+        scores: [document, query].
+        relevant: The numbers of each query's relevant documents.
+
+    Returns:
+        `R-precision`, the share of relevant documents among the first R, of which there are R;
+        `MRR`, the mean of one over the rank of the first relevant one; `top-1`, how often that is
+        the first of all. Means over queries.
+    """
+    order = np.argsort(-scores, axis=0, kind="stable")
+    found = []
+    for query, documents in enumerate(relevant):
+        hits = np.isin(order[:, query], list(documents))
+        first = int(np.argmax(hits))
+        found.append((hits[: len(documents)].mean(), 1 / (first + 1), float(first == 0)))
+    means = np.mean(found, 0)
+    return dict(zip(("R-precision", "MRR", "top-1"), map(float, means), strict=True))

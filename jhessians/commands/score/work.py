@@ -1,0 +1,217 @@
+"""What `score` works on: training data, queries, weights and the Hessian, read and checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jhessians import demo
+from jhessians.capture.problem import Activations, Problem
+from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.problem import (
+    Inputs,
+    find_linears,
+    load_model,
+    read_batches,
+    read_inputs,
+    require_same_data,
+    settled_activations,
+)
+from jhessians.commands.score.config import NONE, ScoreConfig
+from jhessians.commands.score.hessian import open_hessian
+from jhessians.data.batches import Batches
+from jhessians.data.batching import plan_batches
+from jhessians.data.documents import Documents
+from jhessians.data.selecting import Column, columns_of, select
+from jhessians.data.sources import DataOptions
+from jhessians.devices.hosts import require_same, together
+from jhessians.errors import CheckpointError, DatasetError
+from jhessians.influence.curvature import Inverse
+from jhessians.influence.metric import Metric
+from jhessians.influence.row_metrics import metric_of
+from jhessians.interop.score_store import ScoreStore
+from jhessians.models.loss import NextTokenLoss
+from jhessians.report.progress import Progress
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is scored, and through what.
+
+    Attributes:
+        inputs: The training data and the model's settings.
+        batches: The documents that are scored.
+        candidates: Their numbers in the data; None for all.
+        queries: The queries' documents; None if there are none.
+        columns: What each column of scores is about.
+        metric: The inner product.
+        token_batch_size: Tokens that a device takes at once.
+        aggregation: How queries are made one, or `none`.
+        supporting: Which documents are known to be relevant to each query, for the demo.
+    """
+
+    inputs: Inputs
+    batches: Batches
+    candidates: np.ndarray | None
+    queries: Documents | None
+    columns: tuple[Column, ...]
+    metric: Metric
+    token_batch_size: int
+    aggregation: str
+    supporting: list[list[int]] | None
+
+    def text_of(self, document: int) -> str:
+        """A training document's text."""
+        return self._decoded(self.inputs.batches.documents, document)
+
+    def query_text(self, column: Column) -> str:
+        """A query's text, or that of one of its tokens."""
+        if self.queries is None:
+            return "self-influence"
+        if self.aggregation != NONE:
+            return f"{self.aggregation} of {len(self.queries)} queries"
+        return self._decoded(self.queries, column.document, column.position)
+
+    def _decoded(self, documents: Documents, number: int, position: int | None = None) -> str:
+        tokens, _ = documents.document(number)
+        chosen = tokens if position is None else tokens[position : position + 1]
+        decoder: Any = self.inputs.tokenizer
+        text: str = decoder.decode(np.asarray(chosen).tolist(), skip_special_tokens=True)
+        return text
+
+
+def prepare(
+    config: ScoreConfig, run: ComputeConfig, hessian: str, mesh: Mesh, progress: Progress
+) -> Work:
+    """Read everything, cheap and error-prone things first."""
+    inputs = read_inputs(run, mesh, progress, token_batch_size=run.token_batch_size)
+    queries, supporting = None, None
+    if not config.self:
+        with progress.stage("Queries' data"), together():
+            is_demo = config.query is None
+            options = _query_options(config)
+            queries = read_batches(
+                options, inputs.tokenizer, inputs.shape, mesh,
+                token_batch_size=min(run.token_batch_size, inputs.shape.positions),
+            ).documents  # fmt: skip
+            supporting = _supporting(config, run) if is_demo else None
+            _require_predicted(queries)
+        require_same("queries", queries.tokens, queries.labels, queries.offsets)
+    columns: tuple[Column, ...] = (Column(0),)
+    if queries is not None and config.query_aggregation == NONE:
+        columns = tuple(columns_of(queries, tokens=config.query_tokens))
+    batches, candidates = inputs.batches, None
+    if config.candidates is not None:
+        candidates = _candidates(config.candidates, config.top or 1, len(batches.documents))
+        documents = select(batches.documents, candidates)
+        plan = plan_batches(
+            documents.lengths, token_batch_size=run.token_batch_size, devices=mesh.size,
+            max_length=inputs.shape.positions,
+        )  # fmt: skip
+        batches = Batches(documents, plan)
+        require_same_data(batches)
+    problem = _problem(config, run, inputs, mesh, progress)
+    with progress.stage("Hessian"), together():
+        source = open_hessian(hessian, run, problem) if config.has_hessian else None
+        inverse = Inverse(
+            cast(Any, config.inversion), config.damping_factor, config.ev_correction
+        )  # fmt: skip
+        metric = metric_of(problem, source, inverse, dtype=np.dtype(
+            np.float64 if run.precision == "fp64" else np.float32))  # fmt: skip
+    if config.dataset is not None and config.hessian not in (None, NONE):
+        progress.warn(
+            f"the Hessian may be of other data than {config.dataset}; its run says of which"
+        )
+    return Work(inputs, batches, candidates, queries, columns, metric, run.token_batch_size,
+                config.query_aggregation,
+                 supporting)  # fmt: skip
+
+
+def _problem(
+    config: ScoreConfig, run: ComputeConfig, inputs: Inputs, mesh: Mesh, progress: Progress
+) -> Problem:
+    model = load_model(
+        inputs, mesh, progress, precision=run.precision, revision=run.revision, fsdp=run.fsdp
+    )
+    loss = NextTokenLoss(
+        labels="dataset",
+        # The gradient itself is wanted here, not a curvature that is quadratic in it.
+        reduction="sum" if run.loss_reduction == "sum" else "mean_gradient",
+        function="log_odds" if run.loss_fn == "log_odds" else "cross_entropy",
+        label_smoothing=run.label_smoothing,
+    )
+    sites = find_linears(loss, model, inputs, run, progress.note)
+    problem = Problem(
+        loss, model, sites, mesh=mesh if mesh.size > 1 else None,
+        matmul_precision=run.matmul_precision,
+    )  # fmt: skip
+    choice = settled_activations(
+        run.activations, problem, inputs.batches, mesh, 0, progress.note
+    )  # fmt: skip
+    return replace(problem, activations=cast(Activations, choice))
+
+
+def _query_options(config: ScoreConfig) -> DataOptions:
+    if config.query is None:
+        return DataOptions(
+            str(demo.QUESTIONS), prompt_column="prompt", completion_column="completion"
+        )
+    return DataOptions(
+        dataset=config.query,
+        split=config.query_split,
+        subset=config.query_subset,
+        prompt_column=config.query_prompt_column,
+        completion_column=config.query_completion_column,
+        conversation_column=config.query_conversation_column,
+        truncation=config.query_truncation,
+    )
+
+
+def _supporting(config: ScoreConfig, run: ComputeConfig) -> list[list[int]] | None:
+    """The demo's known sources, where all of its documents are scored whole."""
+    if config.query_tokens or config.query_aggregation != NONE or config.attribute_tokens:
+        return None
+    if run.split != "train" or run.max_tokens is not None or run.chunk_length:
+        return None
+    lines = demo.QUESTIONS.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["supporting"] for line in lines]
+
+
+def _require_predicted(queries: Documents) -> None:
+    """Check that something is predicted in every query.
+
+    Raises:
+        DatasetError: With the number of the first in which nothing is.
+    """
+    for number in range(len(queries)):
+        _, labels = queries.document(number)
+        if not (labels[1:] >= 0).any():
+            raise DatasetError(
+                f"query {number} (of {len(queries)}) has no token to predict; expected two tokens "
+                "or more, and a completion that isn't empty: correct it or leave it out"
+            )
+
+
+def _candidates(path: str, count: int, documents: int) -> np.ndarray:
+    """The documents among the best `count` of any query of earlier scores."""
+    store = ScoreStore(path)
+    if store.offsets is not None:
+        raise CheckpointError(f"{path} holds tokens' scores; `candidates` takes documents'")
+    numbers = np.arange(store.documents) if store.candidates is None else store.candidates
+    if len(numbers) and numbers.max() >= documents:
+        raise CheckpointError(
+            f"{path} has a score of document {numbers.max()}, but the data set has {documents}; "
+            "give scores of the same data"
+        )
+    chosen: set[int] = set()
+    for query in range(store.queries):
+        scores, written = store.read(query)
+        order = np.argsort(-np.where(written, scores, -np.inf), kind="stable")[:count]
+        chosen |= set(numbers[order[written[order]]].tolist())
+    if not chosen:
+        raise CheckpointError(f"{path} holds no scores; give a finished run of jhessians score")
+    return np.array(sorted(chosen))
