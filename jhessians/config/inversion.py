@@ -29,6 +29,7 @@ class InversionOptions:
         "λ / (λ² + (c m)²), pseudoinverse 1 / λ where λ > c m and else 0, factored_tikhonov with "
         "the damping split between the two factors.",
         group=INVERSE,
+        metavar="HOW",
         choices=INVERSIONS,
     )
     damping_factor: float = option(

@@ -19,6 +19,7 @@ from bergson.hessians.preconditioner import (
 from safetensors.numpy import load_file, save_file
 
 from jhessians.cli.main import main
+from jhessians.commands.apply import pipeline
 from jhessians.config import inversion as table
 from jhessians.interop.gradient_store import GradientStore, GradientWriter
 from jhessians.linalg.inverse import INVERSIONS
@@ -147,7 +148,9 @@ def simple(values, inversion, damping):
 
 
 def test_shards_are_read_as_bergsons_reader_does(factored, gradients, tmp_path):
-    assert run(tmp_path / "ours", factored / "three", gradients, quiet=True) == 0
+    # Another default than bergson's, which is 0.1.
+    given = {"damping_factor": 0.1, "quiet": True}
+    assert run(tmp_path / "ours", factored / "three", gradients, **given) == 0
     reader = FactoredPreconditioner.from_path(factored / "three", ev_correction=True)
     matrix = GradientStore(gradients)
     expected = reader.apply(
@@ -190,7 +193,7 @@ def test_slices_change_nothing_and_tokens_keep_their_offsets(tmp_path, monkeypat
     gradients = store(tmp_path / "gradients", DENSE, counts=counts)
     hessian = dense(tmp_path / "hessian")
     assert run(tmp_path / "whole", hessian, gradients, quiet=True) == 0
-    monkeypatch.setattr(command, "SHARE", 1e-15)  # a row at a time
+    monkeypatch.setattr(pipeline, "SHARE", 1e-15)  # a row at a time
     assert run(tmp_path / "sliced", hessian, gradients, quiet=True) == 0
     whole, sliced = (GradientStore(tmp_path / side) for side in ("whole", "sliced"))
     assert relative_error(sliced.matrix, whole.matrix) < 1e-6
