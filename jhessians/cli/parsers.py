@@ -150,7 +150,7 @@ def normalize_flags(arguments: Sequence[str], options: Sequence[Option]) -> list
             continue
         typed, equals, value = word.partition("=")
         name = typed.lstrip("-").replace("-", "_")
-        if name in known and typed == f"-{name}":
+        if len(name) == 1 and name in known and typed == f"-{name}":
             result += [typed, value] if equals else [typed]
             continue
         if name not in known or not typed.startswith("--"):
