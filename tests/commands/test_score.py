@@ -193,6 +193,14 @@ def refused(capsys, *words):
     return said[0]
 
 
+def test_other_data_than_the_hessians_are_said(llama, tmp_path, capsys):
+    other = checkpoints.corpus(llama.model, 4, seed=9, name="other.jsonl")
+    words = ["score", tmp_path / "s", "--hessian", llama.run, "--query", llama.queries]
+    assert main([str(word) for word in [*words, "--dataset", other]]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"warning: the Hessian was fitted on {llama.data}, not on {other}" in said
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(llama, tmp_path, capsys):
     out, query = tmp_path / "out", ["--query", llama.queries]
     hessian = ["--hessian", llama.run]

@@ -22,7 +22,7 @@ from jhessians.commands.problem import (
     settled_activations,
 )
 from jhessians.commands.score.config import NONE, ScoreConfig
-from jhessians.commands.score.hessian import open_hessian
+from jhessians.commands.score.hessian import open_hessian, options_of_run
 from jhessians.data.batches import Batches
 from jhessians.data.batching import plan_batches
 from jhessians.data.documents import Documents
@@ -122,10 +122,13 @@ def prepare(
         )  # fmt: skip
         metric = metric_of(problem, source, inverse, dtype=np.dtype(
             np.float64 if run.precision == "fp64" else np.float32))  # fmt: skip
-    if config.dataset is not None and config.hessian not in (None, NONE):
-        progress.warn(
-            f"the Hessian may be of other data than {config.dataset}; its run says of which"
-        )
+    if config.hessian not in (None, NONE):
+        fitted = options_of_run(str(config.hessian)).get("dataset")
+        if config.dataset is not None and fitted != config.dataset:
+            progress.warn(
+                f"the Hessian was fitted on {fitted or 'the demo'}, not on {config.dataset}, whose "
+                "documents are scored"
+            )
     return Work(inputs, batches, candidates, queries, columns, metric, run.token_batch_size,
                 config.query_aggregation,
                  supporting)  # fmt: skip
