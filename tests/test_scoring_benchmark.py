@@ -65,6 +65,13 @@ def test_every_tool_gets_its_fit_or_does_not_start(module, tmp_path):
     assert [each.tool.name for each in found] == ["jhessians", "bergson", "kronfluence"]
     for each in found[:2]:
         assert each.tool.command[each.tool.command.index("--query_batch_size") + 1] == "4"
+    # kronfluence has this damping unless told otherwise, and the others' defaults differ.
+    for each, flag in zip(
+        found[:2],
+        ("--damping_factor", "--hessian_pipeline_cfg.inversion_cfg.damping_factor"),
+        strict=True,
+    ):
+        assert each.tool.command[each.tool.command.index(flag) + 1] == "0.1"
     for each in found[1:]:
         with pytest.raises(module("measure").RunFailed, match="no fit"):
             each.prepare(tmp_path / "out")

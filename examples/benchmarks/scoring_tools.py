@@ -15,6 +15,9 @@ SPECIAL = ("tokens", "self")
 HESSIAN = "hessian/kfac"
 """Where bergson's pipeline looks for factors below its run; ours lie in the run itself."""
 
+DAMPING = "0.1"
+"""Relative to the mean eigenvalue; kronfluence knows no other relative one."""
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -61,7 +64,7 @@ def jhessians(
     command = [
         *(sys.executable, "-m", "jhessians", "score", "{out}", *wanted),
         *("--hessian", str(fitted.fits["jhessians"]), "--dataset", str(fitted.documents)),
-        *("--token_batch_size", str(options.jhessians_batch)),
+        *("--token_batch_size", str(options.jhessians_batch), "--damping_factor", DAMPING),
     ]
     tool = Tool("jhessians", command, compare.jhessians_environment(), {}, {})
     return Scorer(tool, lambda out: None, ".")
@@ -83,6 +86,7 @@ def bergson(
         *("--data.dataset", str(fitted.documents), "--data.truncation", "true"),
         *("--query.dataset", str(queries), "--query.truncation", "true", *wanted),
         *("--token_batch_size", str(options.bergson_batch)),
+        *("--hessian_pipeline_cfg.inversion_cfg.damping_factor", DAMPING),
     ]
     return Scorer(
         Tool("bergson", command, {}, {}, {}),
