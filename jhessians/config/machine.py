@@ -91,6 +91,12 @@ class OutputOptions:
         group=OUTPUT,
         choices=("both", "bergson", "influence_results"),
     )
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """What a run says of its time and memory."""
+
     profile: bool = option(
         False,
         "After the summary, print each stage's seconds, arithmetic, share of the machine's peak "

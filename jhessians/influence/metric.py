@@ -8,6 +8,8 @@ A metric knows which folds make queries and scores, and which arrays these need:
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,7 +18,9 @@ from jhessians.capture.documents import DocumentFold, JointDocumentFold
 from jhessians.capture.problem import Problem
 from jhessians.capture.site import Operands
 from jhessians.devices.memory import return_freed_memory
-from jhessians.folds.low_rank_scores import LowRankScores
+from jhessians.fitting import arithmetic
+from jhessians.fitting.arithmetic import Work
+from jhessians.folds.low_rank_scores import LowRankScores, cheapest_order
 from jhessians.folds.queries import Queries
 from jhessians.folds.scores import Scores, SelfInfluence
 from jhessians.influence.curvature import FactorSource, Inverse, kronecker_operands
@@ -85,6 +89,39 @@ class Metric(ABC):
     def self_fold(self) -> JointDocumentFold:
         """Makes documents' self-influences."""
 
+    def score_orders(
+        self, *, positions: int, queries: int, rank: int | None, tokens: bool
+    ) -> Mapping[str, int]:
+        """Which product comes first, `gradients` or `vectors` → at how many modules.
+
+        Arguments are those of `cheapest_order`.
+
+        Returns:
+            Nothing where there is but one order.
+        """
+        return {}
+
+    def query_flop(self, work: Work) -> float | None:
+        """What making a query of each document needs besides going through the model, if known."""
+        return None
+
+    def score_flop(
+        self, work: Work, *, queries: int, rank: int | None, tokens: bool, own: bool
+    ) -> float | None:
+        """What scoring each document needs besides going through the model, if that is known.
+
+        Args:
+            work: The documents, and the linears.
+            queries: How many; 0 for none.
+            rank: Of the queries; None if they are whole.
+            tokens: Whether each token has scores of its own.
+            own: Whether each document's self-influence is wanted.
+
+        Returns:
+            FLOP.
+        """
+        return None
+
     def finish_queries(self, rows: PyTree[Array], finishing: PyTree[Array]) -> PyTree[Array]:
         """Key → `matrix` (or `left` and `right`), `self`, `square` and `kept`."""
         return rows
@@ -147,6 +184,32 @@ class WholeGradients(Metric):
     def self_fold(self) -> JointDocumentFold:
         """See `Metric.self_fold`."""
         return SelfInfluence(self.curvature, self.dtype)
+
+    def score_orders(
+        self, *, positions: int, queries: int, rank: int | None, tokens: bool
+    ) -> Mapping[str, int]:
+        """See `Metric.score_orders`."""
+        found: Counter[str] = Counter()
+        for site in self.problem.sites.values():
+            order = cheapest_order(
+                site, positions=positions, queries=queries, rank=rank, tokens=tokens
+            )
+            found[order] += len(site.module_names())
+        return found
+
+    def query_flop(self, work: Work) -> float:
+        """See `Metric.query_flop`."""
+        return work.count(arithmetic.queries, curvature=self.curvature)
+
+    def score_flop(
+        self, work: Work, *, queries: int, rank: int | None, tokens: bool, own: bool
+    ) -> float:
+        """See `Metric.score_flop`."""
+        flop = work.count(arithmetic.scores, queries=queries, rank=rank, tokens=tokens)
+        if not own:
+            return flop
+        of_own = arithmetic.correction if self.curvature else arithmetic.second_moments
+        return flop + work.count(of_own)
 
 
 def members_of(site: Any) -> int | None:

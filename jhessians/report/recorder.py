@@ -10,7 +10,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jhessians.capture.problem import Problem
 from jhessians.capture.sites import find_sites
+from jhessians.data.batches import Batches
 from jhessians.devices.precision import multiplying
 from jhessians.fitting import arithmetic
 from jhessians.interop.layout import DTYPES
@@ -70,30 +72,37 @@ class Recorder:
         if event in COMPILING and threading.current_thread() is threading.main_thread():
             self._compile_seconds += duration_secs
 
-    def finish(self, run: Run, method: Method, mesh: Mesh, *, numbers: str) -> Profile:
+    def finish(
+        self,
+        flop: Mapping[str, float],
+        batches: Batches,
+        mesh: Mesh,
+        *,
+        numbers: str,
+        matmul_precision: str,
+    ) -> Profile:
         """The whole profile, written beside the results by the first process.
 
         Args:
-            run: The fit that was recorded.
-            method: Whose.
+            flop: What stages needed, by name, as far as it is known.
+            batches: What the run went through.
             mesh: The devices.
             numbers: Number format of the model, such as "fp32".
+            matmul_precision: How its products were computed.
 
         Returns:
             Seconds and FLOP of every stage, beside the device's own peak.
         """
-        flop = needed(run, method)
-        documents, plan = run.batches.documents, run.batches.plan
-        precision = run.problem.matmul_precision
-        peak = product_peak(mesh, DTYPES[numbers][1], matmul_precision=precision)
+        documents = batches.documents
+        peak = product_peak(mesh, DTYPES[numbers][1], matmul_precision=matmul_precision)
         profile = Profile(
             [replace(each, flop=flop.get(name)) for name, each in self.stages.items()],
             peak=peak * jax.process_count(),
             numbers=numbers,
-            matmul_precision=precision,
+            matmul_precision=matmul_precision,
             devices=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
             tokens=int(documents.lengths[documents.lengths >= 2].sum()),
-            padding_share=plan.padding_share,
+            padding_share=batches.plan.padding_share,
         )
         if jax.process_index() == 0:
             text = json.dumps(profile.document(), indent=1) + "\n"
@@ -157,20 +166,37 @@ def _traced(folder: Path) -> Iterator[None]:
 
 
 def needed(run: Run, method: Method) -> dict[str, float]:
-    """FLOP that the run's passes needed, by stage."""
-    problem = run.problem
-    lengths = arithmetic.count_lengths(run.batches.documents.lengths.tolist())
+    """FLOP that a fit's passes needed, by stage."""
+    work, passes = gone_through(run.problem, next(iter(run.batches)))(run.batches.documents.lengths)
+    return {stage: passes + flop for stage, flop in method.flop(work, run.options).items()}
+
+
+def gone_through(
+    problem: Problem, batch: Any
+) -> Callable[[np.ndarray], tuple[arithmetic.Work, float]]:
+    """What passes go through.
+
+    Args:
+        problem: Loss, model and linears.
+        batch: Any of its batches.
+
+    Returns:
+        Lengths of documents → the recorded linears' work, and the FLOP of going through the model.
+    """
     model: Any = problem.model
-    everything = find_sites(problem.loss, model, next(iter(run.batches))).values()
+    everything = find_sites(problem.loss, model, batch).values()
     experts = model.config.experts
     share = experts.chosen / experts.count if experts else 1.0
     readers = {each.name: share for each in everything if each.routed}
     head = (model.embedding if model.head is None else model.head)[...].size
     weights = arithmetic.multiplied_weights(everything, head, readers)
-    passes = arithmetic.passes(weights, lengths, draws=problem.draws)
-    recorded = arithmetic.Work(list(problem.sites.values()), lengths, problem.draws, readers)
-    own = method.flop(recorded, run.options)
-    return {stage: passes + flop for stage, flop in own.items()}
+
+    def of_lengths(lengths: np.ndarray) -> tuple[arithmetic.Work, float]:
+        counted, draws = arithmetic.count_lengths(lengths.tolist()), problem.draws
+        work = arithmetic.Work(list(problem.sites.values()), counted, draws, readers)
+        return work, arithmetic.passes(weights, counted, draws=draws)
+
+    return of_lengths
 
 
 def product_peak(

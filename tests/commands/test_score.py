@@ -6,15 +6,18 @@ import shutil
 import numpy as np
 import pytest
 import yaml
+from threadpoolctl import threadpool_limits
 
 from jhessians.cli.main import main
 from jhessians.interop.score_store import ScoreStore
 from tests.oracles import bergson, bergson_scores, checkpoints
 from tests.oracles.bergson_scores import Columns, Projection
+from tests.oracles.kronfluence_scores import Kronfluence
 from tests.tolerances import BERGSON_SCORES, SCORES
 
 FLOAT64 = ["--precision", "fp64", "--hessian_dtype", "fp64"]
 FAMILIES = ["llama", "gpt_neox", "gpt2"]
+TINY = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2}
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
 
 
@@ -72,6 +75,78 @@ def test_the_same_scores_as_bergsons(case, tmp_path, inversion, corrected):
     found = case.score(tmp_path / "scores", *words)
     expected = bergson_scores.scores(case.model, case.data, case.queries, case.run, **options)
     assert error(found, expected) < BERGSON_SCORES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "inversion"),
+    [("ekfac", "absolute_damped_inverse"), ("ekfac", "pseudoinverse"),
+     ("tkfac", "damped_inverse"), ("shampoo", "damped_inverse"), ("kfac", "damped_inverse")],
+)  # fmt: skip
+def test_other_methods_and_inversions_are_bergsons_too(llama, tmp_path, method, inversion):
+    corrected = method == "ekfac"
+    fit = [word for word in llama.fit(tmp_path / "run", *FLOAT64) if word != "--ev_correction"]
+    assert main([*fit, "--method", method]) == 0
+    found = llama.score(tmp_path / "scores", "--inversion", inversion, "--damping_factor", 0.03,
+                        hessian=tmp_path / "run")  # fmt: skip
+    expected = bergson_scores.scores(
+        llama.model, llama.data, llama.queries, tmp_path / "run", inversion=inversion,
+        damping_factor=0.03, ev_correction=corrected,
+    )  # fmt: skip
+    assert error(found, expected) < BERGSON_SCORES
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_kronfluences_pairwise_and_self_scores(family, tmp_path):
+    """Both sides fit for themselves."""
+    model = checkpoints.build(family, tmp_path / "model", seed=1, **TINY)
+    data = checkpoints.corpus(model, 12)
+    queries = checkpoints.corpus(model, 3, seed=7, lengths=(8, 30, 17), name="query.jsonl")
+    tokens, asked = (checkpoints.encode(model, each, max_length=128) for each in (data, queries))
+    run = tmp_path / "run"
+    assert main(["compute", str(run), "--model", str(model), "--dataset", str(data), "--method",
+                 "ekfac", "--include_bias", "--use_dataset_labels", "--truncation", "--quiet",
+                 *FLOAT64]) == 0  # fmt: skip
+    words = ["score", str(tmp_path / "s"), "--hessian", str(run), "--query", str(queries)]
+    assert main([*words, "--normalize", "self", "--damping_factor", "0.1", "--quiet"]) == 0
+    own = np.load(tmp_path / "s" / "self_influence.npy")
+    scores = ScoreStore(tmp_path / "s").read_all() * own[:, None]
+    with threadpool_limits(1):
+        oracle = Kronfluence(model, tokens)
+        pairwise, of_self = oracle.pairwise(tokens, asked), oracle.self_scores(tokens)
+    assert error(scores, pairwise) < SCORES
+    assert error(own[:, None], of_self[:, None]) < SCORES
+
+
+def test_a_profile_counts_the_arithmetic(llama, tmp_path, capsys):
+    words = ["score", tmp_path / "s", "--hessian", llama.run, "--query", llama.queries, "--profile"]
+    assert main([str(word) for word in words]) == 0
+    said = capsys.readouterr()
+    assert "Cheapest order of products: at 14 modules each document's gradient" in said.err
+    assert "share of" not in said.out and "peak:" in said.out
+    stages = json.loads((tmp_path / "s" / "profile.json").read_text())["stages"]
+    flop = {stage["name"]: stage["flop"] for stage in stages}
+    tokens, asked = (
+        [len(each) for each in checkpoints.encode(llama.model, data, max_length=128)]
+        for data in (llama.data, llama.queries)
+    )
+    config = json.loads((llama.model / "config.json").read_text())
+    shapes, head = linears_of(config), config["vocab_size"] * config["hidden_size"]
+    weights = sum(i * o for i, o in shapes)
+    counted = sum(each for each in tokens if each >= 2)
+    documents = sum(each >= 2 for each in tokens)
+    # Forward and backward, the gradients, and their products with 3 queries.
+    expected = counted * (4 * (weights + head) + 2 * weights) + documents * 2 * 3 * weights
+    assert flop["Scores"] == expected
+    gradients = sum(asked) * (4 * (weights + head) + 2 * weights)
+    assert flop["Queries"] > gradients + 3 * sum(2 * i * o * (i + o) for i, o in shapes)
+
+
+def linears_of(config):
+    """(in, out) of every linear of a llama."""
+    d, m = config["hidden_size"], config["intermediate_size"]
+    kv = d // config["num_attention_heads"] * config["num_key_value_heads"]
+    return [(d, d), (d, kv), (d, kv), (d, d), (d, m), (d, m), (m, d)] * config["num_hidden_layers"]
 
 
 def test_bergsons_own_hessian_needs_no_import(llama, tmp_path):

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from jhessians.config.inputs import InputOptions
-from jhessians.config.machine import ConsoleOptions, MachineOptions, OutputOptions
+from jhessians.config.machine import (
+    ConsoleOptions,
+    MachineOptions,
+    OutputOptions,
+    ProfileOptions,
+)
 from jhessians.config.numbers import NumberOptions
 from jhessians.config.option import check_tables, options_of
 from jhessians.config.provenance import bergson_places, config_document
@@ -28,6 +33,7 @@ _METHODS_OWN: Any = tuple(dict.fromkeys(each.options for each in METHODS.values(
 @dataclass(frozen=True)
 class ComputeConfig(
     ConsoleOptions,
+    ProfileOptions,
     OutputOptions,
     MachineOptions,
     *_METHODS_OWN,  # type: ignore[misc]

@@ -36,7 +36,7 @@ from jhessians.interop.rundir import RunDirectory
 from jhessians.methods.method import Run
 from jhessians.models.loss import NextTokenLoss
 from jhessians.report.progress import Progress
-from jhessians.report.recorder import recording
+from jhessians.report.recorder import needed, recording
 from jhessians.report.summary import Summary, measure_trees
 
 
@@ -107,7 +107,10 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
         with together():
             profile = None
             if config.profile:
-                profile = recorder.finish(run, config.chosen, mesh, numbers=config.precision)
+                profile = recorder.finish(
+                    needed(run, config.chosen), inputs.batches, mesh,
+                    numbers=config.precision, matmul_precision=config.matmul_precision,
+                )  # fmt: skip
         with together():
             stack.close()
     # Only the first process is sure to see the folder, and only it has something to say.

@@ -13,7 +13,7 @@ from jhessians.commands.score.hessian import options_of_run
 from jhessians.config.inherited import given, inherited, names_of, prefixed
 from jhessians.config.inputs import InputOptions
 from jhessians.config.inversion import InversionOptions
-from jhessians.config.machine import MACHINE, ConsoleOptions, MachineOptions
+from jhessians.config.machine import MACHINE, ConsoleOptions, MachineOptions, ProfileOptions
 from jhessians.config.numbers import NumberOptions
 from jhessians.config.option import check_all, check_tables, option, options_of, plain_dict
 from jhessians.config.provenance import read_options
@@ -134,6 +134,7 @@ class _QuerySetOptions:
 @dataclass(frozen=True)
 class ScoreConfig(
     ConsoleOptions,
+    ProfileOptions,
     _RunOptions,
     InversionOptions,
     _ScoreOptions,
@@ -173,7 +174,7 @@ class ScoreConfig(
         options |= given(self, _OF_THE_RUN)
         options |= {"fisher_type": None, "use_dataset_labels": True, "mc_samples": 1,
                     "world_size": self.world_size, "run_path": self.run_path,
-                    "profile_trace": None}  # fmt: skip
+                    "profile_trace": self.profile_trace}  # fmt: skip
         return ComputeConfig.from_dict(options, where=f"{self.hessian or 'the command line'}")
 
     @property

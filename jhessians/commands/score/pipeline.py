@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 import yaml
 from jax.sharding import Mesh
 
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute, is_first_host
-from jhessians.commands.score.config import NONE, ScoreConfig
+from jhessians.commands.score.config import ScoreConfig
 from jhessians.commands.score.listing import (
     HARMFUL,
     HELPFUL,
@@ -23,27 +20,19 @@ from jhessians.commands.score.listing import (
     ranking_lines,
     retrieval,
 )
+from jhessians.commands.score.passes import parts, score_all
 from jhessians.commands.score.results import Results, write_columns
 from jhessians.commands.score.work import Work, prepare
 from jhessians.config.option import name_flags, options_of
 from jhessians.config.provenance import CONFIG_FILE, config_document
 from jhessians.config.units import count_in_words, seconds_in_words
-from jhessians.data.selecting import Column, ColumnBatches, columns_of
 from jhessians.devices.hosts import start_hosts, together
-from jhessians.devices.memory import free_memory
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
-from jhessians.influence.queries import QueryGroup, QueryPass, query_bytes
-from jhessians.influence.scoring import BatchScores, ScorePass, module_names, normalized
 from jhessians.interop.rundir import RunDirectory
 from jhessians.interop.score_store import ScoreStore
 from jhessians.report.progress import Progress
-
-SHARE = 0.5
-"""Of the memory that is free beside model and Hessian, what queries may take."""
-
-QUERIES_AT_ONCE = 16
-"""So many parts of a group, at most, are made in one batch: its rows are in memory besides."""
+from jhessians.report.recorder import recording
 
 HESSIAN = "hessian"
 """Where in the results the demo's own Hessian is, if no other was given."""
@@ -67,13 +56,17 @@ def score(config: ScoreConfig) -> str | None:
     first = is_first_host()
     mesh = make_mesh(config.world_size)
     names = {each.name for each in options_of(type(config))}
-    progress = Progress(
-        quiet=config.quiet or not first, reword=partial(name_flags, names=names)
-    )  # fmt: skip
     with ExitStack() as stack:
         with together():
             directory = RunDirectory(config.run_path, config.overwrite, writer=first)
             part = stack.enter_context(directory)
+            recorder = stack.enter_context(
+                recording(part, profile=config.profile, trace=config.profile_trace)
+            )
+        progress = Progress(
+            quiet=config.quiet or not first, around=recorder.around,
+            reword=partial(name_flags, names=names),
+        )  # fmt: skip
         run = config.run
         require_supported(run.matmul_precision, jax.local_devices()[0])
         hessian = _fitted_demo(config, part) if config.hessian is None else config.hessian
@@ -84,10 +77,19 @@ def score(config: ScoreConfig) -> str | None:
                 results = _results(config, work, part)
         with together():
             pass
-        _score_all(config, work, results, progress)
+        flop = score_all(config, work, results, progress)
         if results is not None:
             _write_config(part, config, mesh)
+        with together():
+            profile = None
+            if config.profile:
+                profile = recorder.finish(
+                    flop, work.batches, mesh,
+                    numbers=run.precision, matmul_precision=run.matmul_precision,
+                )  # fmt: skip
         text = _render(config, work, results, progress) if results is not None else None
+        if text is not None and profile is not None:
+            text = "\n".join([text, "", *profile.lines()])
         with together():
             stack.close()
     return text
@@ -106,126 +108,11 @@ def _fitted_demo(config: ScoreConfig, part: Path) -> str:
 def _results(config: ScoreConfig, work: Work, part: Path) -> Results:
     results = Results(
         part, work.inputs.batches.documents, work.columns,
-        tokens=config.attribute_tokens, parts=_parts(config, work)[0], top=config.top,
+        tokens=config.attribute_tokens, parts=parts(config, work)[0], top=config.top,
         candidates=work.candidates,
     )  # fmt: skip
     write_columns(part, work.columns, [work.query_text(column) for column in work.columns])
     return results
-
-
-def _parts(config: ScoreConfig, work: Work) -> tuple[list[str] | None, np.ndarray | None]:
-    """Names of the parts that scores are split into, and which part each module is of."""
-    if config.by_module is None:
-        return None, None
-    names = module_names(work.metric.problem)
-    if config.by_module == "layer":
-        names = [
-            name[: found.end()] if (found := re.search(r"\.\d+(?=\.|$)", name)) else name
-            for name in names
-        ]
-    parts = list(dict.fromkeys(names))
-    return parts, np.array([parts.index(name) for name in names])
-
-
-def _score_all(
-    config: ScoreConfig, work: Work, results: Results | None, progress: Progress
-) -> None:
-    """Every group of queries in turn: make it, then go through the data."""
-    metric, columns = work.metric, work.columns
-    by_self = config.normalize != NONE or config.unit_normalize or config.self
-    size = _group_size(config, work)
-    groups = [columns[start : start + size] for start in range(0, len(columns), size)]
-    aggregate = config.query_aggregation != NONE
-    making = None
-    if not config.self:
-        making = QueryPass(
-            metric, count=size, rank=config.query_rank, unit_normalize=config.unit_normalize,
-            aggregate=aggregate,
-        )  # fmt: skip
-    passing = ScorePass(
-        metric, queries=0 if making is None else size, low_rank=config.query_rank is not None,
-        by_module=config.by_module is not None, tokens=config.attribute_tokens,
-        self_influence=by_self,
-    )  # fmt: skip
-    _, part_of = _parts(config, work)
-    positions = work.batches.documents.positions
-    scored: set[int] = set()
-    kept: list[float] = []
-    for number, columns_here in enumerate(groups):
-        suffix = f" {number + 1} of {len(groups)}" if len(groups) > 1 else ""
-        group = None  # the memory of the one before
-        if making is not None:
-            with progress.stage(f"Queries{suffix}"):
-                group = _query_group(config, work, making, columns_here, size)
-                kept += group.kept[: len(columns_here)].tolist()
-            if number + 1 == len(groups) and not by_self:
-                metric.forget_inverse()
-        with progress.stage(f"Scores{suffix}", positions, "positions") as stage:
-            for found in passing.run(work.batches, group, advance=stage.advance):
-                if results is None:
-                    continue
-                scored |= set(found.documents[found.documents >= 0].tolist())
-                _take(config, results, found, part_of, number * size)
-    if config.query_rank is not None and kept:
-        progress.note(
-            f"Rank {config.query_rank} keeps {min(kept):.1%} to {max(kept):.1%} of the queries' "
-            f"squared lengths, {np.mean(kept):.1%} on average"
-        )
-    if results is not None:
-        with progress.stage("Lists"):
-            results.finish(np.array(sorted(scored), int), work.text_of)
-
-
-def _take(
-    config: ScoreConfig,
-    results: Results,
-    found: BatchScores,
-    part_of: np.ndarray | None,
-    first_query: int,
-) -> None:
-    """Divide one batch's scores as was asked for, and pass them on."""
-    scores, own = found.scores, found.self_influence
-    if own is not None:
-        own = own if own.ndim == 1 else own.sum(1)
-        if first_query == 0:
-            results.add_self_influence(found.documents, own)
-    if scores is None:
-        assert own is not None
-        results.add(found.documents, own[:, None], 0)
-        return
-    how: Any = "root_self" if config.unit_normalize else config.normalize
-    scores = normalized(scores, own, how)
-    if part_of is not None:
-        members = np.eye(part_of.max() + 1, dtype=scores.dtype)[part_of]
-        scores = np.einsum("nmk,mp->npk", scores, members)
-    results.add(found.documents, scores, first_query)
-
-
-def _group_size(config: ScoreConfig, work: Work) -> int:
-    """Queries that are in memory together."""
-    if config.self or config.query_aggregation != NONE:
-        return 1
-    devices = work.metric.problem.mesh.size if work.metric.problem.mesh else 1
-    each = query_bytes(work.metric, rank=config.query_rank) / devices
-    fit = max(1, int(SHARE * free_memory() / each))
-    return min(config.query_batch_size or fit, len(work.columns))
-
-
-def _query_group(
-    config: ScoreConfig, work: Work, making: QueryPass, columns: tuple[Column, ...], size: int
-) -> QueryGroup:
-    assert work.queries is not None
-    weight, devices = 1.0, work.metric.problem.mesh.size if work.metric.problem.mesh else 1
-    if config.query_aggregation != NONE:
-        columns = tuple(columns_of(work.queries, tokens=False))
-        weight = 1 / len(columns) if config.query_aggregation == "mean" else 1.0
-    lengths = work.queries.lengths[[column.document for column in columns]]
-    rows = -(-len(columns) // QUERIES_AT_ONCE // devices) or 1
-    tokens = min(work.token_batch_size, int(lengths.max()) * rows)
-    batches = ColumnBatches(
-        work.queries, columns, tokens, devices, work.inputs.shape.positions
-    )  # fmt: skip
-    return making.run(batches, weight=weight)
 
 
 def _write_config(part: Path, config: ScoreConfig, mesh: Mesh) -> None:

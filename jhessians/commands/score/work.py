@@ -29,13 +29,18 @@ from jhessians.data.documents import Documents
 from jhessians.data.selecting import Column, columns_of, select
 from jhessians.data.sources import DataOptions
 from jhessians.devices.hosts import require_same, together
+from jhessians.devices.memory import free_memory
 from jhessians.errors import CheckpointError, DatasetError
 from jhessians.influence.curvature import Inverse
 from jhessians.influence.metric import Metric
+from jhessians.influence.queries import query_bytes
 from jhessians.influence.row_metrics import metric_of
 from jhessians.interop.score_store import ScoreStore
 from jhessians.models.loss import NextTokenLoss
 from jhessians.report.progress import Progress
+
+SHARE = 0.5
+"""Of the memory that is free beside model and Hessian, what queries may take."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Work:
         metric: The inner product.
         token_batch_size: Tokens that a device takes at once.
         aggregation: How queries are made one, or `none`.
+        group_size: Queries that are in memory together.
         supporting: Which documents are known to be relevant to each query, for the demo.
     """
 
@@ -62,6 +68,7 @@ class Work:
     metric: Metric
     token_batch_size: int
     aggregation: str
+    group_size: int
     supporting: list[list[int]] | None
 
     def text_of(self, document: int) -> str:
@@ -129,9 +136,24 @@ def prepare(
                 f"the Hessian was fitted on {fitted or 'the demo'}, not on {config.dataset}, whose "
                 "documents are scored"
             )
-    return Work(inputs, batches, candidates, queries, columns, metric, run.token_batch_size,
-                config.query_aggregation,
-                 supporting)  # fmt: skip
+    size = _group_size(config, metric, len(columns))
+    taken = size * query_bytes(metric, rank=config.query_rank)
+    choice = settled_activations(run.activations, problem, batches, mesh, taken, progress.note)
+    metric.problem = replace(problem, activations=cast(Activations, choice))
+    return Work(
+        inputs, batches, candidates, queries, columns, metric, run.token_batch_size,
+        config.query_aggregation, size, supporting,
+    )  # fmt: skip
+
+
+def _group_size(config: ScoreConfig, metric: Metric, columns: int) -> int:
+    """Queries that are in memory together."""
+    if config.self or config.query_aggregation != NONE:
+        return 1
+    devices = metric.problem.mesh.size if metric.problem.mesh else 1
+    each = query_bytes(metric, rank=config.query_rank) / devices
+    fit = max(1, int(SHARE * free_memory() / each))
+    return min(config.query_batch_size or fit, columns)
 
 
 def _problem(
@@ -148,14 +170,10 @@ def _problem(
         label_smoothing=run.label_smoothing,
     )
     sites = find_linears(loss, model, inputs, run, progress.note)
-    problem = Problem(
+    return Problem(
         loss, model, sites, mesh=mesh if mesh.size > 1 else None,
         matmul_precision=run.matmul_precision,
     )  # fmt: skip
-    choice = settled_activations(
-        run.activations, problem, inputs.batches, mesh, 0, progress.note
-    )  # fmt: skip
-    return replace(problem, activations=cast(Activations, choice))
 
 
 def _query_options(config: ScoreConfig) -> DataOptions:
