@@ -25,6 +25,10 @@ from jhessians.typing import Array, DTypeLike, Float, PyTree
 LARGEST = 2**26
 """Numbers that the gradients of some documents, or other intermediates, may have at once."""
 
+CACHED, BLOCKS = 2**21, 8
+"""Of gradients so many numbers at once stay in a processor's cache until queries have met them; but
+each linear's rows are in at most so many blocks, each of which is compiled."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -72,14 +76,21 @@ class Scores:
 def _of_documents(
     a: Float[Array, "n s i"], g: Float[Array, "n s o"], p: Float[Array, "k o i"]
 ) -> Float[Array, "n k"]:
-    """Form each document's gradient once, for all queries."""
-    flat = p.reshape(len(p), -1)
+    """Form each document's gradient once, for all queries: some rows of it at a time."""
+    _, o, i = p.shape
+    block = max(-(-o // BLOCKS), CACHED // (len(a) * i), 1)
 
     def of_some(ag: tuple[Array, Array]) -> Float[Array, "m k"]:
-        gradients = jnp.einsum("nso,nsi->noi", ag[1], ag[0])
-        return _rows_by_rows(gradients.reshape(len(gradients), -1), flat)
+        scores = jnp.zeros((len(ag[0]), len(p)), p.dtype)
+        for start in range(0, o, block):
+            rows = slice(start, min(start + block, o))
+            gradients = jnp.einsum("nso,nsi->noi", ag[1][..., rows], ag[0])
+            scores += _rows_by_rows(
+                gradients.reshape(len(gradients), -1), p[:, rows].reshape(len(p), -1)
+            )
+        return scores
 
-    at_once = max(1, LARGEST // flat.shape[1])
+    at_once = max(1, LARGEST // (min(block, o) * i))
     if at_once >= len(a):
         return of_some((a, g))
     scores: Array = _in_parts(of_some, (a, g), at_once)
