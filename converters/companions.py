@@ -24,7 +24,7 @@ from converters.hub import TOKENIZER_FILES, Source, tokenizer_of
 from converters.origin import LoadedModel
 from jhessians.errors import CheckpointError
 
-WRITTEN = frozenset({"config.json", "flax_checkpoint.json", "parameters"})
+WRITTEN = frozenset({"config.json", "flax_checkpoint.json", "parameters", "manifest.json"})
 """What we write ourselves, at the top of the folder."""
 
 _WEIGHTS = re.compile(

@@ -186,7 +186,7 @@ def save_flax(
         config: transformers' config instead of the model's own; its dtype is replaced by the
             parameters'.
         tokenizer: transformers' tokenizer instead of the model's own.
-        overwrite: Replace a folder of that name.
+        overwrite: Replace what was saved or converted under that name before.
 
     Raises:
         CheckpointError: If no family is registered for the config, the model has an adapter, or a
@@ -195,7 +195,8 @@ def save_flax(
         ValueError: If it isn't known where `model` came from, and no config is given.
     """
     loaded = whole(model, config, tokenizer)
-    directory = RunDirectory(Path(folder), overwrite, writer=jax.process_index() == 0)
+    writer = jax.process_index() == 0
+    directory = RunDirectory(folder, overwrite, command="save_flax", writer=writer)
     with ExitStack() as stack:
         with together():
             part = stack.enter_context(directory)

@@ -49,7 +49,7 @@ def save(
             parameters'.
         tokenizer: transformers' tokenizer instead of the model's own.
         shard_bytes: Above this size weights are divided into several files with an index.
-        overwrite: Replace a folder of that name.
+        overwrite: Replace what was saved or converted under that name before.
 
     Raises:
         CheckpointError: If no family is registered for the config, the model has an adapter, or a
@@ -59,7 +59,7 @@ def save(
     """
     loaded = whole(model, config, tokenizer)
     writer = jax.process_index() == 0
-    with RunDirectory(Path(folder), overwrite=overwrite, writer=writer) as part:
+    with RunDirectory(folder, overwrite, command="save", writer=writer) as part:
         write(loaded, part, shard_bytes=shard_bytes)
 
 

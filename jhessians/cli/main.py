@@ -26,6 +26,7 @@ from jhessians.commands.command import Command
 from jhessians.commands.table import COMMANDS
 from jhessians.config.option import check_all, options_of
 from jhessians.errors import ConfigError, did_you_mean
+from jhessians.interop.rundir import require_apart
 from jhessians.version import __version__
 
 
@@ -64,6 +65,8 @@ def parse(command: Command, arguments: Sequence[str]) -> Any:
     fixed = {name: values.pop(name) for name in places}
     config = command.config(**fixed, **check_all(options, values | given, where="the command line"))
     config.validate()
+    if replayed is not None and config.overwrite:
+        require_apart(Path(config.run_path), [replayed])
     return config
 
 

@@ -87,10 +87,10 @@ def convert(config: ConvertConfig) -> ConvertSummary:
 
     from converters import flax_checkpoint, hub, load, saving
     from converters.loading import STORED, parameters
+    from jhessians.commands.output import output_folder
     from jhessians.devices.hosts import start_hosts, together
     from jhessians.devices.mesh import make_mesh
     from jhessians.interop.layout import DTYPES
-    from jhessians.interop.rundir import RunDirectory
     from jhessians.report.progress import Progress
 
     start_hosts()
@@ -100,7 +100,7 @@ def convert(config: ConvertConfig) -> ConvertSummary:
     spread: dict[str, Any] = {"mesh": mesh, "fsdp": True} if mesh.size > 1 else {}
     with ExitStack() as stack:
         with together():
-            directory = RunDirectory(config.out, config.overwrite, writer=first)
+            directory = output_folder(config, "out", "convert", writer=first)
             part = stack.enter_context(directory)
         with progress.stage("Model"), together():
             source = hub.find(config.model, config.revision)

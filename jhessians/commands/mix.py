@@ -100,15 +100,15 @@ def mix(config: MixConfig) -> MixSummary:
     # JAX takes long to import: --help must not wait for it.
     import yaml
 
+    from jhessians.commands.output import output_folder
     from jhessians.config.provenance import CONFIG_FILE, config_document
     from jhessians.interop.processor import GradientProcessor
     from jhessians.interop.processor_files import open_hessians
-    from jhessians.interop.rundir import RunDirectory
     from jhessians.linalg.mixing import mixing
 
     paths = Path(str(config.query_path)), Path(str(config.index_path))
     output = str(config.output_path)
-    with RunDirectory(output, config.overwrite) as part:
+    with output_folder(config, "output_path", "mix") as part:
         query, index = (_settings(path) for path in paths)
         differences = query.projection_differences(index)
         if query.reshape_to_square != index.reshape_to_square:

@@ -7,6 +7,7 @@ from jhessians.commands.convert import CONVERT
 from jhessians.commands.mix import MIX
 from jhessians.commands.score import SCORE
 from jhessians.commands.top import TOP
+from jhessians.commands.verify import VERIFY
 
 COMMANDS = {
     command.name: command
@@ -18,6 +19,7 @@ COMMANDS = {
         APPLY,
         MIX,
         CONVERT,
+        VERIFY,
     )
 }
 """By name."""

@@ -119,7 +119,7 @@ class ConsoleOptions:
 
     overwrite: bool = option(
         False,
-        "Replace the output folder if it exists, once the new one is complete.",
+        "Replace the output folder if it is an earlier result, once the new one is complete.",
         group=OUTPUT,
         bergson="index_cfg.overwrite",
     )

@@ -1,8 +1,9 @@
 """A result appears whole under its final name, or not at all.
 
-A run writes into `<path>.part`, which is renamed to `<path>` when it is finished. An earlier result
-under that name is moved away just before and deleted just after, so an interrupted run loses
-nothing.
+A run writes into `<path>.part`, which it holds (`jhessians.interop.hold`) and which is renamed to
+`<path>` when it is finished and described (`jhessians.interop.manifest`). An earlier result under
+that name is moved away just before and deleted just after, so an interrupted run loses nothing;
+only what has a manifest is an earlier result.
 """
 
 import contextlib
@@ -10,10 +11,13 @@ import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-from jhessians.errors import OutputError
+from jhessians.errors import CheckpointError, OutputError
+from jhessians.interop.hold import Hold, remove_leftover
+from jhessians.interop.manifest import MANIFEST, read_manifest, sync_folder, write_manifest
 
 # What the operating system says, and what its user can do about it.
 _REMEDIES = {
@@ -26,6 +30,7 @@ _REMEDIES = {
     errno.ENOTDIR: ("a part of the path is a file", "choose a path made of folders"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
     errno.EIO: ("the disk reported an error", "check it or choose another disk"),
+    errno.EEXIST: ("another process has just begun there", "choose another path"),
     errno.EBUSY: ("the folder is in use", "choose another path"),
 }
 # Errors of writing bytes, which name no file.
@@ -41,41 +46,88 @@ def output_error(error: OSError, path: Path) -> OutputError:
     return OutputError(f"cannot write {path}: {cause}; {remedy}")
 
 
+def require_apart(path: Path, inputs: Iterable[str | Path]) -> None:
+    """Check that replacing a folder would destroy nothing that a run reads or stands on.
+
+    Args:
+        path: Of the folder.
+        inputs: What the run reads, as far as that is files and folders.
+
+    Raises:
+        OutputError: If it is, contains or lies inside one of these, or is or contains the working
+            directory, the home directory or the root.
+    """
+    path = Path(os.path.realpath(path))
+    grounds = {"the working directory": Path.cwd(), "the home directory": Path.home()}
+    for name, ground in grounds.items():
+        if path in (ground := Path(os.path.realpath(ground)), *ground.parents):
+            raise OutputError(f"{path} can't be replaced, since {name} {ground} would go with it; "
+                              "choose another path")  # fmt: skip
+    for each in inputs:
+        place = Path(os.path.realpath(each))
+        if path in (place, *place.parents) or place in path.parents:
+            where = "is" if path == place else "contains" if path in place.parents else "is inside"
+            raise OutputError(
+                f"{path} can't be replaced: it {where} {each}, which the run reads; choose another "
+                "path"
+            )
+
+
 class RunDirectory:
     """Context manager for a run's output folder: `with RunDirectory(path) as part: ...`.
 
-    Entering gives `<path>.part`, empty; a leftover of an earlier run is removed. Leaving
-    normally renames it to `path`. Leaving by any exception, Ctrl-C included, removes it and
-    leaves whatever is under `path` as it was.
+    Entering gives `<path>.part`, empty and held by this process; what a run that was cut off left
+    there is removed. Leaving normally writes the manifest and renames it to `path`. Leaving by any
+    exception, Ctrl-C included, removes it and leaves whatever is under `path` as it was.
 
     Args:
         path: Final name of the result.
-        overwrite: Replace an existing folder, once the new one is complete.
+        overwrite: Replace an earlier result, once the new one is complete.
+        command: What writes it, for the manifest.
+        inputs: Paths that the run reads, which replacing must not touch.
         writer: False in all but one process of a multi-process run; such a process gets the
             same folder name and never touches the disk.
 
     Raises:
-        OutputError: If `path` exists and `overwrite` is false, or is a file, or the disk is
-            full, read-only or not ours to write to.
+        OutputError: If `path` exists and `overwrite` is false, or it isn't an earlier result that
+            may be replaced; if another process is writing it; if the disk is full, read-only or not
+            ours to write to.
     """
 
-    def __init__(self, path: str | Path, overwrite: bool = False, *, writer: bool = True):
+    def __init__(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        *,
+        command: str,
+        inputs: Iterable[str | Path] = (),
+        writer: bool = True,
+    ):
         # An absolute name stays right when the run changes its working directory.
         self.path = Path(os.path.abspath(path))
         if not self.path.name:
             raise OutputError(f"cannot write {path}: expected a folder's name; give a new folder")
         self.part = self.path.with_name(self.path.name + ".part")
-        self.overwrite = overwrite
-        self.writer = writer
+        self.overwrite, self.command, self.writer = overwrite, command, writer
+        self._inputs = [Path(os.path.abspath(each)) for each in inputs]
+        self._hold: Hold | None = None
         self._keep_part = False
+
+    @property
+    def run_id(self) -> str:
+        """Random, of this run."""
+        assert self._hold is not None
+        return self._hold.holder.run_id
 
     def __enter__(self) -> Path:
         if not self.writer:
             return self.part
         try:
             self._check_free()
-            _remove(self.part)
+            if os.path.lexists(self.part):
+                remove_leftover(self.part)
             self.part.mkdir(parents=True)
+            self._hold = Hold(self.part)
         except OSError as error:
             raise output_error(error, self.path) from error
         return self.part
@@ -88,27 +140,49 @@ class RunDirectory:
     ) -> None:
         if not self.writer:
             return
+        assert self._hold is not None
         try:
             if error is None:
+                self._describe()
+                self._hold.release()
                 self._publish()
         finally:
             if not self._keep_part:
                 shutil.rmtree(self.part, ignore_errors=True)
+            self._hold.release()
         if isinstance(error, OSError) and self._is_ours(error):
             raise output_error(error, self.path) from error
 
     def _check_free(self) -> None:
-        if not os.path.lexists(self.path):
+        path = self.path
+        if not os.path.lexists(path):
             return
-        if self.path.is_file():
+        if path.is_symlink() or not path.is_dir():
+            what = "a link" if path.is_symlink() else "a file" if path.is_file() else "no folder"
             raise OutputError(
-                f"{self.path} is a file; expected a folder or nothing; choose another path"
+                f"{path} is {what}; expected a folder or nothing; choose another path"
             )
         if not self.overwrite:
             raise OutputError(
-                f"{self.path} exists already; expected a new path; "
+                f"{path} exists already; expected a new path; "
                 "pass `overwrite` to replace it or choose another path"
             )
+        require_apart(path, self._inputs)
+        try:
+            found = read_manifest(path)
+        except CheckpointError as error:
+            raise OutputError(str(error)) from None
+        if found is None:
+            raise OutputError(
+                f"{path} has no {MANIFEST}, by which a finished result of jhessians is known, and "
+                "nothing else is replaced; choose another path or move it away"
+            )
+
+    def _describe(self) -> None:
+        try:
+            write_manifest(self.part, run_id=self.run_id, command=self.command)
+        except OSError as error:
+            raise output_error(error, self.path) from error
 
     def _is_ours(self, error: OSError) -> bool:
         """Whether the error came from writing here, not from reading somebody's data."""
@@ -127,6 +201,7 @@ class RunDirectory:
                 os.rename(self.path, parking / self.path.name)
             # os.rename never moves a folder into another one, as shutil.move would.
             os.rename(self.part, self.path)
+            sync_folder(self.path.parent)
         except BaseException as error:
             if parking is not None:
                 if not os.path.lexists(self.path):
@@ -141,17 +216,4 @@ class RunDirectory:
             raise
         if parking is not None:
             # The new result stands; failing to delete the old one must not fail the run.
-            _remove(parking / self.path.name, ignore_errors=True)
             shutil.rmtree(parking, ignore_errors=True)
-
-
-def _remove(path: Path, *, ignore_errors: bool = False) -> None:
-    """Delete a folder, file or symbolic link, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=ignore_errors)
-        return
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        if not ignore_errors:
-            raise

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from jhessians.cli.console import Terminated, unwound_by_signals
 from jhessians.cli.main import main
 from jhessians.interop import shards, torchfile
+from jhessians.interop.rundir import RunDirectory
 from tests.oracles import checkpoints
 
 FIRST_LINEAR = "h.0.attn.c_attn"
@@ -345,12 +346,13 @@ def test_an_existing_run_is_left_alone(work, capfd, kind):
 
 
 def test_a_failed_overwrite_keeps_the_old_run(work, capfd):
-    work.run.mkdir(parents=True)
-    (work.run / "precious").write_text("x")
+    with RunDirectory(work.run, command="compute") as part:
+        (part / "precious").write_text("x")
     nan_in_weights(work)
     assert main([*work.arguments(), "--overwrite", "--quiet"]) == 1
-    the_line(capfd.readouterr().err)
-    assert work.left_behind() == ["run"] and os.listdir(work.run) == ["precious"]
+    assert "manifest" not in the_line(capfd.readouterr().err)
+    assert work.left_behind() == ["run"]
+    assert sorted(os.listdir(work.run)) == ["manifest.json", "precious"]
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ def the_error(capfd):
 
 def test_there_and_back(hugging_face, flax, tmp_path, capfd):
     assert sorted(path.name for path in flax.iterdir()) == [
-        "config.json", "docs.jsonl", "flax_checkpoint.json", "generation_config.json", "parameters",
-        "tokenizer.json", "tokenizer_config.json",
+        "config.json", "docs.jsonl", "flax_checkpoint.json", "generation_config.json",
+        "manifest.json", "parameters", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     back = tmp_path / "back"
     assert main(["convert", str(flax), str(back)]) == 0
@@ -100,12 +100,13 @@ def test_the_same_factors_from_either(hugging_face, flax, tmp_path, capfd):
 
 @pytest.mark.parametrize("to", ["hf", "flax"])
 def test_rewriting_in_the_same_format(hugging_face, flax, tmp_path, to):
-    """In place of the old one, and in another number format."""
-    source = {"hf": hugging_face, "flax": flax}[to]
-    place = shutil.copytree(source, tmp_path / "place")
-    assert main(["convert", str(place), str(place), f"--to={to}", "--quiet"]) == 1
-    flags = ["--quiet", "--overwrite", "--dtype=fp32"]
-    assert main(["convert", str(place), str(place), f"--to={to}", *flags]) == 0
+    """In place of an earlier one, and in another number format; never in place of the source."""
+    source, place = {"hf": hugging_face, "flax": flax}[to], tmp_path / "place"
+    words = ["convert", str(source), str(place), f"--to={to}", "--quiet"]
+    assert main(words) == 0
+    assert main(words) == 1
+    assert main([*words, "--overwrite", "--dtype=fp32"]) == 0
+    assert main(["convert", str(place), str(place), "--quiet", "--overwrite"]) == 1
     model, before = load(place).model, load(hugging_face, dtype="float32").model
     for path, parameter in parameters(model).items():
         assert parameter.dtype == np.float32
@@ -183,7 +184,8 @@ def test_what_is_wrong_takes_one_line(hugging_face, flax, tmp_path, capfd, argum
     elif name == "FLAX":
         wide = load(flax, dtype="float32")
         wide.model.embedding[...] = wide.model.embedding[...].at[3, 4].set(1e30)
-        save_flax(wide, places[name], overwrite=True)
+        shutil.rmtree(places[name])
+        save_flax(wide, places[name])
     assert main(["convert", *(str(places.get(word, word)) for word in arguments)]) == code
     assert words in the_error(capfd)
     assert [path.name for path in work.iterdir()] == ["file"]

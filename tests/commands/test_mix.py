@@ -233,6 +233,12 @@ def test_an_output_that_exists_is_kept_unless_told(folders, tmp_path, capsys):
     output.mkdir()
     assert main(arguments(*folders, output)) == 1
     assert "exists already" in only_error(capsys)
+    assert main([*arguments(*folders, output), "--overwrite"]) == 1
+    assert "has no manifest.json" in only_error(capsys)
+    output.rmdir()
+    assert main(arguments(*folders, output)) == 0
+    (output / "hessians.pth").unlink()
+    capsys.readouterr()
     assert main(["mix", "stray"]) == 2
     assert "unrecognized arguments: stray" in only_error(capsys)
     assert main([*arguments(*folders, output), "--overwrite"]) == 0

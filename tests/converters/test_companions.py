@@ -55,7 +55,9 @@ def warnings_in(caplog):
 
 
 def names(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """All files but the manifest, which every result has."""
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return files - {"manifest.json"}
 
 
 @pytest.fixture
@@ -94,10 +96,14 @@ def test_the_source_itself_and_a_folder_inside_it(source, tmp_path):
     inside = source / "sub" / "out"
     save(load(source), inside)
     assert {*KEPT} < names(inside) and not any(name.startswith("sub/out") for name in names(inside))
-    save_flax(load(source), source / "flax")
-    save(load(source), source, overwrite=True)
-    left = {name for name in names(source) if name.startswith("flax/parameters")}
-    assert {*KEPT} < names(source) and not left
+    again = tmp_path / "again"
+    save(load(source), again)
+    save_flax(load(again), again / "flax")
+    save(load(again), again, overwrite=True)
+    left = {name for name in names(again) if name.startswith("flax/parameters")}
+    assert {*KEPT} < names(again) and not left
+    with pytest.raises(OutputError, match="has no manifest.json"):
+        save(load(source), source, overwrite=True)
 
 
 def test_another_tokenizer_takes_the_place_of_all_files_of_the_old_one(source, tmp_path):

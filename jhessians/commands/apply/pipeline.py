@@ -74,19 +74,19 @@ def apply(config: ApplyConfig) -> ApplySummary:
     import numpy as np
     import yaml
 
+    from jhessians.commands.output import output_folder
     from jhessians.config.provenance import CONFIG_FILE, config_document
     from jhessians.influence.curvature import Inverse
     from jhessians.influence.inverses import JOINT, open_inverse
     from jhessians.interop.gradient_store import GradientStore, GradientWriter, store_bytes
     from jhessians.interop.low_rank_store import LOW_RANK_INFO_FILE
-    from jhessians.interop.rundir import RunDirectory
     from jhessians.report.progress import Progress
 
     dtype = np.dtype(np.float64 if config.precision == "fp64" else np.float32)
     names = {each.name for each in options_of(ApplyConfig)}
     progress = Progress(quiet=config.quiet, reword=lambda line: name_flags(line, names))
     hessian, source = str(config.hessian), Path(str(config.gradients))
-    with RunDirectory(config.out, config.overwrite) as part:
+    with output_folder(config, "out", "apply") as part:
         if (source / LOW_RANK_INFO_FILE).exists():
             raise CheckpointError(
                 f"{source} holds gradients as a few outer products; expected whole or projected "

@@ -27,6 +27,7 @@ from jhessians.commands.build.rows import (
     with_module_names,
 )
 from jhessians.commands.build.store import Store, open_store
+from jhessians.commands.output import output_folder
 from jhessians.commands.problem import (
     Inputs,
     find_linears,
@@ -52,7 +53,6 @@ from jhessians.interop.data_folder import write_aggregate, write_documents
 from jhessians.interop.export import write_config
 from jhessians.interop.layout import DTYPES, TOTAL_FILE
 from jhessians.interop.processor import GradientProcessor
-from jhessians.interop.rundir import RunDirectory
 from jhessians.interop.shards import raise_together
 from jhessians.models.loss import NextTokenLoss
 from jhessians.report.progress import Progress
@@ -79,7 +79,7 @@ def build(config: BuildConfig) -> Summary | None:
     require_supported(config.matmul_precision, jax.local_devices()[0])
     with ExitStack() as stack:
         with together():
-            directory = RunDirectory(config.run_path, config.overwrite, writer=first)
+            directory = output_folder(config, "run_path", "build", writer=first)
             part = stack.enter_context(directory)
         names = {each.name for each in options_of(type(config))}
         progress = Progress(

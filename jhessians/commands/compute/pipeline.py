@@ -17,6 +17,7 @@ from jhessians.capture.coverage import Sites
 from jhessians.capture.problem import Activations, Problem
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.next_steps import next_steps
+from jhessians.commands.output import output_folder
 from jhessians.commands.problem import (
     Inputs,
     find_linears,
@@ -32,7 +33,6 @@ from jhessians.devices.precision import require_supported
 from jhessians.fitting.partitions import AUTOMATIC, needed_partitions
 from jhessians.interop.export import Destination, write_config
 from jhessians.interop.layout import DTYPES
-from jhessians.interop.rundir import RunDirectory
 from jhessians.methods.method import Run
 from jhessians.models.loss import NextTokenLoss
 from jhessians.report.progress import Progress
@@ -66,7 +66,7 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
     require_supported(config.matmul_precision, jax.local_devices()[0])
     with ExitStack() as stack:
         with together():
-            directory = RunDirectory(into or config.run_path, config.overwrite, writer=first)
+            directory = output_folder(config, "run_path", "compute", into=into, writer=first)
             part = stack.enter_context(directory)
             recorder = stack.enter_context(
                 recording(part, profile=config.profile, trace=config.profile_trace)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute, is_first_host
+from jhessians.commands.output import output_folder
 from jhessians.commands.score.config import ScoreConfig
 from jhessians.commands.score.listing import (
     HARMFUL,
@@ -29,7 +30,6 @@ from jhessians.config.units import count_in_words, seconds_in_words
 from jhessians.devices.hosts import start_hosts, together
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
-from jhessians.interop.rundir import RunDirectory
 from jhessians.interop.score_store import ScoreStore
 from jhessians.report.progress import Progress
 from jhessians.report.recorder import recording
@@ -58,7 +58,7 @@ def score(config: ScoreConfig) -> str | None:
     names = {each.name for each in options_of(type(config))}
     with ExitStack() as stack:
         with together():
-            directory = RunDirectory(config.run_path, config.overwrite, writer=first)
+            directory = output_folder(config, "run_path", "score", writer=first)
             part = stack.enter_context(directory)
             recorder = stack.enter_context(
                 recording(part, profile=config.profile, trace=config.profile_trace)
