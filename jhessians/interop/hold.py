@@ -70,17 +70,24 @@ class Hold:
         self._ended = threading.Event()
         threading.Thread(target=self._touch, daemon=True).start()
 
-    def release(self) -> None:
-        """Let go of the folder, whose mark is gone then."""
+    def release(self, *, unmark: bool) -> None:
+        """Let go of the folder; nothing happens the second time.
+
+        Args:
+            unmark: Whether to remove the mark; not if the folder is gone, and another may be there.
+        """
+        if self._ended.is_set():
+            return
         self._ended.set()
-        self._path.unlink(missing_ok=True)
+        if unmark:
+            self._path.unlink(missing_ok=True)
         self._file.close()
 
     def _touch(self) -> None:
         while not self._ended.wait(HEARTBEAT):
             try:
                 os.utime(self._file.fileno())
-            except OSError:
+            except (OSError, ValueError):  # it is gone, or was closed just now
                 return
 
 

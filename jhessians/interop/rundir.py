@@ -144,12 +144,12 @@ class RunDirectory:
         try:
             if error is None:
                 self._describe()
-                self._hold.release()
+                self._hold.release(unmark=True)
                 self._publish()
         finally:
             if not self._keep_part:
                 shutil.rmtree(self.part, ignore_errors=True)
-            self._hold.release()
+            self._hold.release(unmark=False)
         if isinstance(error, OSError) and self._is_ours(error):
             raise output_error(error, self.path) from error
 
