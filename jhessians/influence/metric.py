@@ -18,11 +18,11 @@ from jhessians.capture.documents import DocumentFold, JointDocumentFold
 from jhessians.capture.problem import Problem
 from jhessians.capture.site import Operands
 from jhessians.devices.memory import return_freed_memory
-from jhessians.fitting import arithmetic
-from jhessians.fitting.arithmetic import Work
+from jhessians.fitting.arithmetic import Work, correction, second_moments
 from jhessians.folds.low_rank_scores import LowRankScores, cheapest_order
 from jhessians.folds.queries import Queries
 from jhessians.folds.scores import Scores, SelfInfluence
+from jhessians.influence import arithmetic
 from jhessians.influence.curvature import FactorSource, Inverse, kronecker_operands
 from jhessians.typing import Array, DTypeLike, PyTree
 
@@ -208,7 +208,7 @@ class WholeGradients(Metric):
         flop = work.count(arithmetic.scores, queries=queries, rank=rank, tokens=tokens)
         if not own:
             return flop
-        of_own = arithmetic.correction if self.curvature else arithmetic.second_moments
+        of_own = correction if self.curvature else second_moments
         return flop + work.count(of_own)
 
 
