@@ -6,6 +6,7 @@ import pytest
 import jhessians
 from jhessians.errors import CheckpointError, ConfigError, NumericsError
 from jhessians.fitting.autocorrelation import fit_autocorrelations, row_operands
+from jhessians.folds import scores as score_folds
 from jhessians.influence.curvature import Inverse
 from jhessians.influence.queries import QueryPass
 from jhessians.influence.row_metrics import DenseHessian, metric_of
@@ -69,6 +70,15 @@ def test_factored_tikhonov_is_a_kronecker_product(case):
 def test_without_a_hessian_they_are_plain_inner_products(case):
     expected = total(products(case.gradients, case.query_gradients))
     assert relative_error(case.score(factors=None), expected) < SCORES
+
+
+@pytest.mark.parametrize("largest", [score_folds.LARGEST, 100])
+def test_gradients_meet_queries_some_rows_and_documents_at_a_time(single, monkeypatch, largest):
+    monkeypatch.setattr(score_folds, "CACHED", 1)
+    monkeypatch.setattr(score_folds, "BLOCKS", 5)  # which divides no linear's rows
+    monkeypatch.setattr(score_folds, "LARGEST", largest)
+    expected = total(products(single.gradients, single.query_gradients))
+    assert relative_error(single.score(factors=None), expected) < SCORES
 
 
 def test_self_influence_and_what_is_divided_by_it(case):
