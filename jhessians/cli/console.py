@@ -17,6 +17,7 @@ from typing import TextIO
 
 from jhessians.config.option import name_flags
 from jhessians.errors import ConfigError, UserError
+from jhessians.fitting.grace import Terminated, ask
 
 NOISY_LIBRARIES = (
     "absl", "datasets", "filelock", "flax", "fsspec", "httpx", "huggingface_hub", "jax",
@@ -40,14 +41,6 @@ EXIT_INPUT = 1
 EXIT_USAGE = 2
 EXIT_FAULT = 70
 EXIT_INTERRUPTED = 130
-
-
-class Terminated(BaseException):
-    """A signal asked the process to end; it unwinds everything, as KeyboardInterrupt does."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
 
 
 class _OneLineHandler(logging.Handler):
@@ -77,7 +70,7 @@ def unwound_by_signals() -> Iterator[None]:
             timer.start()
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        else:
+        elif not ask(number):
             raise Terminated(number)
 
     before = {}
@@ -180,6 +173,7 @@ def report_failure(error: BaseException) -> int:
         The exit code that goes with it.
     """
     message, code = _describe(error)
+    message = "; ".join([message, *getattr(error, "__notes__", [])])
     print(f"jhessians: error: {one_line(message)}", file=sys.stderr)
     return code
 

@@ -25,6 +25,7 @@ from jhessians.cli.parsers import PROGRAM, build_parser, normalize_flags
 from jhessians.commands.command import Command
 from jhessians.commands.table import COMMANDS
 from jhessians.config.option import check_all, options_of
+from jhessians.config.replay import contents_of_run, unfinished_path
 from jhessians.errors import ConfigError, did_you_mean
 from jhessians.interop.rundir import require_apart
 from jhessians.version import __version__
@@ -49,10 +50,14 @@ def parse(command: Command, arguments: Sequence[str]) -> Any:
     if given.pop("help", False):
         return None
     values: dict[str, Any] = {}
+    contents: dict[str, str] = {}
     if (replayed := given.pop("config", None)) is not None:
         # Replacing a folder is a decision for today, not one to repeat from a file.
         earlier = replace(command.config.from_yaml(replayed), overwrite=False)
-        values = earlier.resolved_dict()
+        values = earlier.resolved_dict() | {"resume": False}
+        contents = contents_of_run(Path(replayed))
+        if given.get("resume"):  # where it was, under whatever name
+            values |= unfinished_path(Path(replayed))
     places = [each.name for each in command.positionals]
     values |= {name: given.pop(name) for name in places if name in given}
     for each in command.positionals:
@@ -65,8 +70,10 @@ def parse(command: Command, arguments: Sequence[str]) -> Any:
     fixed = {name: values.pop(name) for name in places}
     config = command.config(**fixed, **check_all(options, values | given, where="the command line"))
     config.validate()
-    if replayed is not None and config.overwrite:
-        require_apart(Path(config.run_path), [replayed])
+    if replayed is not None:
+        config.replaying(contents)
+        if config.overwrite:
+            require_apart(Path(config.run_path), [replayed])
     return config
 
 

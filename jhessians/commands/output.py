@@ -37,4 +37,7 @@ def output_folder(
     values = [getattr(config, name) for name in names]
     inputs = [x for x in values if isinstance(x, str) and x and os.path.exists(x)]
     path = into or getattr(config, place)
-    return RunDirectory(path, config.overwrite, command=command, inputs=inputs, writer=writer)
+    return RunDirectory(
+        path, config.overwrite, command=command, inputs=inputs, writer=writer,
+        resume=getattr(config, "resume", False),
+    )  # fmt: skip

@@ -55,7 +55,12 @@ class Inputs:
 
 
 def read_inputs(
-    config: InputOptions, mesh: Mesh, progress: Progress, *, token_batch_size: int
+    config: InputOptions,
+    mesh: Mesh,
+    progress: Progress,
+    *,
+    token_batch_size: int,
+    devices: int | None = None,
 ) -> Inputs:
     """Read settings and data, the cheap and error-prone things, before any weights.
 
@@ -64,6 +69,7 @@ def read_inputs(
         mesh: The devices.
         progress: Where the stage is shown.
         token_batch_size: Tokens that a device takes at once.
+        devices: Over how many the documents of a batch are divided, if not over those of the mesh.
 
     Returns:
         The data in batches, and what is known of the model.
@@ -80,7 +86,7 @@ def read_inputs(
         tokenizer = _tokenizer(config, model_name)
         batches = read_batches(
             data_options(config, dataset_name), tokenizer, shape, mesh,
-            token_batch_size=token_batch_size,
+            token_batch_size=token_batch_size, devices=devices,
         )  # fmt: skip
     require_same_data(batches)
     return Inputs(
@@ -95,6 +101,7 @@ def read_batches(
     mesh: Mesh,
     *,
     token_batch_size: int,
+    devices: int | None = None,
 ) -> Batches:
     """A data set in batches that the devices can take.
 
@@ -104,6 +111,7 @@ def read_batches(
         shape: The decoder's, for its positions and vocabulary.
         mesh: The devices.
         token_batch_size: Tokens that a device takes at once.
+        devices: Over how many the documents of a batch are divided, if not over those of the mesh.
 
     Returns:
         The documents with their plan.
@@ -118,7 +126,7 @@ def read_batches(
     plan = plan_batches(
         documents.lengths,
         token_batch_size=token_batch_size,
-        devices=mesh.size,
+        devices=devices or mesh.size,
         max_length=shape.positions,
     )
     return Batches(documents, plan)

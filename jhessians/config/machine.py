@@ -114,6 +114,37 @@ class ProfileOptions:
 
 
 @dataclass(frozen=True)
+class SavingOptions:
+    """How a run survives its end."""
+
+    resume: bool = option(
+        False,
+        "Go on with what an unfinished run into the same folder has saved, and begin anew if there "
+        "is nothing. The result is the same, bit for bit, as that of a run that was never ended.",
+        group=OUTPUT,
+    )
+    checkpoint_minutes: float = option(
+        10.0,
+        "Save the run's state so often, and when a stage ends that took more than a fiftieth of "
+        "it; 0 turns that off.",
+        group=OUTPUT,
+        metavar="MINUTES",
+        unit="minutes",
+        minimum=0,
+        maximum=1e6,
+    )
+    grace_seconds: float = option(
+        25.0,
+        "After SIGTERM, the notice of a preemption, end within this time, the state saved.",
+        group=OUTPUT,
+        metavar="SECONDS",
+        unit="seconds",
+        minimum=0,
+        maximum=1e6,
+    )
+
+
+@dataclass(frozen=True)
 class ConsoleOptions:
     """What every command asks: may it replace its output, and how much does it say."""
 

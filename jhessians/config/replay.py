@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 from jhessians.config.option import check_all, options_of, plain_dict
 from jhessians.config.provenance import read_options
 from jhessians.errors import ConfigError
+from jhessians.interop.manifest import read_manifest
 
 
 class Replayable:
@@ -25,6 +26,16 @@ class Replayable:
 
     command: ClassVar[str]
     run_path: str
+
+    @property
+    def replayed(self) -> Mapping[str, str]:
+        """What the run that is replayed read, by hashes; empty if none is."""
+        return self.__dict__.get("_replayed", {})
+
+    def replaying(self, contents: Mapping[str, str]) -> Self:
+        """This config, with what the run that it replays has read."""
+        object.__setattr__(self, "_replayed", dict(contents))
+        return self
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run_path", os.fspath(self.run_path))
@@ -65,3 +76,32 @@ class Replayable:
             ConfigError: If the file is missing, is no YAML or holds no options of ours.
         """
         return cls.from_dict(read_options(path, cls.command), where=str(path))
+
+
+def contents_of_run(path: Path) -> dict[str, str]:
+    """What a finished run read, such as "the data set" → a hash of it.
+
+    Args:
+        path: Its folder, or its config.yaml.
+
+    Returns:
+        Empty if it has no manifest.
+
+    Raises:
+        CheckpointError: If its manifest can't be read.
+    """
+    manifest = read_manifest(path if path.is_dir() else path.parent)
+    return {} if manifest is None else manifest.inputs
+
+
+def unfinished_path(path: Path) -> dict[str, str]:
+    """`run_path` of an unfinished run, by where it is.
+
+    Args:
+        path: Its folder, whose name ends with ".part", or its config.yaml.
+
+    Returns:
+        The option; empty if the path isn't an unfinished run's.
+    """
+    folder = Path(os.path.abspath(path if path.is_dir() else path.parent))
+    return {"run_path": str(folder.with_suffix(""))} if folder.suffix == ".part" else {}

@@ -3,6 +3,7 @@
 Host only. Tokens are kept in arrays, never as Python integers, which take ten times the memory.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -59,6 +60,13 @@ class Documents:
     def positions(self) -> int:
         """Positions that carry a gradient: all but each document's last."""
         return int(np.maximum(self.lengths - 1, 0).sum())
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all tokens, labels and lengths, in hexadecimal digits."""
+        digest = hashlib.sha256()
+        for each in (self.offsets, self.tokens, self.labels):
+            digest.update(b"" if each is None else np.ascontiguousarray(each).data)
+        return digest.hexdigest()
 
     def document(
         self, index: int | np.integer

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from jhessians.capture.problem import Problem
 from jhessians.capture.site import Site, Statistics
 from jhessians.devices.hosts import fetch
+from jhessians.fitting.checkpoints import Checkpoints
 from jhessians.fitting.eigenbases import place_rows
-from jhessians.fitting.eigensolver import Task, decompose
+from jhessians.fitting.eigensolver import Task, decompose, seconds_of
 from jhessians.fitting.passes import run_pass
 from jhessians.fitting.reporting import Reporter, Silent
 from jhessians.folds.gram import Gram, JointGram
@@ -46,6 +47,7 @@ def fit_autocorrelations(
     normalizers: Mapping[str, Normalizer] | None = None,
     progress: Reporter | None = None,
     positions: int | None = None,
+    kept: Checkpoints | None = None,
 ) -> Autocorrelations:
     """Grams of gradient rows divided by their number, with eigenpairs.
 
@@ -59,6 +61,7 @@ def fit_autocorrelations(
         normalizers: Module's full name → what its gradients are divided by; none by default.
         progress: Where stages are shown.
         positions: How many positions count in all batches, for the progress.
+        kept: Where the state is saved, and from where an earlier fit is continued.
 
     Returns:
         Hessians and eigenpairs by the names of modules or heads, in float32 on every host.
@@ -67,15 +70,16 @@ def fit_autocorrelations(
         CheckpointError: If a module has no normalizer that fits, while others have.
         NumericsError: If a loss or a Gram isn't finite.
     """
-    progress = progress or Silent()
+    progress, kept = progress or Silent(), kept or Checkpoints()
     fold = JointGram(rows) if joint else Gram(rows)
     operands = row_operands(problem, rows, joint=joint, normalizers=normalizers)
+    matrices = list(_matrices(problem.sites, rows, joint))
     with progress.stage("Grams", positions, "positions") as stage:
         statistics = run_pass(
             fold, problem, batches, dtype=rows.dtype, operands=operands,
             advance=stage.advance,
+            kept=kept.series("grams", ahead=seconds_of(matrix.size for matrix in matrices)),
         )  # fmt: skip
-    matrices = list(_matrices(problem.sites, rows, joint))
     with progress.stage("Eigendecompositions", len(matrices), "matrices") as stage:
         result = Autocorrelations({}, {})
 
@@ -88,10 +92,21 @@ def fit_autocorrelations(
             name = f"the autocorrelation of {matrix.name}"
             return Task(name, matrix.size, count, read)
 
-        pairs = decompose([task(matrix) for matrix in matrices], STORED)
-        for matrix, pair in zip(matrices, pairs, strict=True):
-            result.eigen[matrix.name] = pair
+        series = kept.series("eigenpairs")
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        if saved := series.load(lambda position: [(STORED, STORED)] * position["matrices"]):
+            found = saved.arrays
+            stage.advance(len(found))
+            for matrix in matrices[: len(found)]:
+                task(matrix).read()
+        for pair in decompose([task(matrix) for matrix in matrices[len(found) :]], STORED):
+            found.append((pair.values, pair.vectors))
             stage.advance()
+            if series.due():
+                series.save({"matrices": len(found)}, found)
+        result.eigen.update(
+            (matrix.name, Eigen(*pair)) for matrix, pair in zip(matrices, found, strict=True)
+        )
     return result
 
 

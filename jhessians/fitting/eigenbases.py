@@ -1,7 +1,6 @@
-"""What lies between the passes of a fit: the covariances' eigendecompositions."""
+"""The covariances of a fit as matrices, and what their eigenpairs look like."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -16,8 +15,6 @@ from jhessians.capture.site import Site, Statistics
 from jhessians.capture.traversal import shaped_rows
 from jhessians.devices.hosts import fetch
 from jhessians.devices.mesh import axis_names
-from jhessians.fitting.eigensolver import Task, decompose
-from jhessians.linalg.eigen import Eigen
 from jhessians.linalg.symmetric import unpack
 from jhessians.typing import Array, DTypeLike, PyTree
 
@@ -132,68 +129,6 @@ def eigenvector_shapes(problem: Problem, dtype: DTypeLike) -> PyTree[jax.ShapeDt
         shape = (*stack, d + -d % devices, d)
         shapes.setdefault(site.name, {})[side] = jax.ShapeDtypeStruct(shape, dtype)
     return shaped_rows(problem.sites, shapes, problem.mesh)
-
-
-def eigendecompose_covariances(
-    problem: Problem,
-    statistics: Statistics,
-    *,
-    terms: TermCounts,
-    dtype: np.dtype,
-    advance: Callable[[], None] = lambda: None,
-) -> Eigenbases:
-    """Eigenpairs of every covariance's mean over its terms, the work divided among hosts.
-
-    Args:
-        problem: Sites and mesh.
-        statistics: Of `Covariance`; emptied on the way, so that a covariance's memory is free
-            once all of its stack is on its way to an eigensolver.
-        terms: How many terms were summed.
-        dtype: Of the result.
-        advance: Called when a matrix is done.
-
-    Returns:
-        Eigenvectors on the devices, and eigenvalues on every host.
-
-    Raises:
-        NumericsError: If a matrix isn't finite; it is named.
-    """
-    order = sorted(covariance_matrices(problem.sites), key=lambda m: -m.dimension)
-    pending = Counter((m.site.name, m.side) for m in order)
-    unread = pending.copy()
-
-    def task(matrix: Matrix) -> Task:
-        def read() -> np.ndarray:
-            whole, key = matrix.read(statistics), (matrix.site.name, matrix.side)
-            unread[key] -= 1
-            if not unread[key]:
-                del statistics[matrix.site.name][matrix.side]
-            return whole
-
-        return Task(matrix.name, matrix.dimension, terms.of(matrix.site, matrix.slot), read)
-
-    bases = Eigenbases({}, {})
-    stacks: dict[tuple[str, str], Eigen] = {}
-    for matrix, pair in zip(order, decompose([task(m) for m in order], dtype), strict=True):
-        site, side, slot = matrix
-        key = (site.name, side)
-        if slot is None:
-            stacks[key] = pair
-        else:
-            stack = stacks.setdefault(key, _empty_stack(len(site.members or ()), *pair))
-            stack.values[slot], stack.vectors[slot] = pair
-        pending[key] -= 1
-        if not pending[key]:
-            done = stacks.pop(key)
-            bases.values.setdefault(site.name, {})[side] = done.values
-            rows = place_rows(done.vectors, problem.mesh, axis=done.vectors.ndim - 2)
-            bases.vectors.setdefault(site.name, {})[side] = rows
-        advance()
-    return bases
-
-
-def _empty_stack(layers: int, *entries: np.ndarray) -> Eigen:
-    return Eigen(*(np.empty((layers, *x.shape), x.dtype) for x in entries))
 
 
 def place_rows(array: np.ndarray, mesh: Mesh | None, *, axis: int) -> Array:

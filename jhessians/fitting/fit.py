@@ -9,13 +9,15 @@ import numpy as np
 
 from jhessians.capture.problem import Problem
 from jhessians.capture.sites import unshared
+from jhessians.fitting.checkpoints import Checkpoints
 from jhessians.fitting.counting import count
-from jhessians.fitting.eigenbases import (
-    TermCounts,
-    covariance_matrices,
+from jhessians.fitting.eigenbases import TermCounts, covariance_matrices, eigenvector_shapes
+from jhessians.fitting.eigendecomposition import (
     eigendecompose_covariances,
-    eigenvector_shapes,
+    finish_eigenbases,
+    load_eigenbases,
 )
+from jhessians.fitting.eigensolver import seconds_of
 from jhessians.fitting.factors import Kinds, correction_tensors, covariance_tensors, eigen_tensors
 from jhessians.fitting.passes import Pass, untraced
 from jhessians.fitting.reporting import Reporter, Silent
@@ -103,8 +105,11 @@ def fit_stages(
     correct_eigenvalues: bool,
     dtype: Any,
     progress: Reporter | None = None,
+    kept: Checkpoints | None = None,
 ) -> Iterator[Kinds]:
     """The factors, some kinds at a time, in the order in which they are computed.
+
+    A fit that is continued leaves out the kinds that an earlier one was known to have given.
 
     Errors are those of `fit`. What a stage yields must be read before the next one is asked for,
     which takes its memory.
@@ -119,6 +124,7 @@ def fit_stages(
         correct_eigenvalues: Whether to make the second pass, which makes KFAC EKFAC.
         dtype: Number format of the sums and of the results.
         progress: Where stages and warnings are shown.
+        kept: Where the state is saved, and from where an earlier fit is continued.
 
     Yields:
         Covariances; then eigenvectors and eigenvalues; then corrected eigenvalues, if wanted.
@@ -127,36 +133,51 @@ def fit_stages(
         raise TypeError("batches is an iterator; expected something to iterate twice, as a list")
     if not problem.sites:
         raise ValueError(NO_LINEARS)
-    progress = progress or Silent()
+    progress, kept = progress or Silent(), kept or Checkpoints()
     dtype = jnp.dtype(dtype)
     if not method.shares_inputs:
         problem = replace(problem, sites=unshared(problem.sites))
     sites = problem.sites
 
+    total, matrices = (positions if terms is None else terms), covariance_matrices(sites)
+    ended = kept.series("eigenbases", replaces="covariances")
+    saved = load_eigenbases(problem, dtype, ended, total=total)
     correction = Pass(EigenvalueCorrection(dtype), problem, dtype=dtype)
-    with progress.stage("Covariances", positions, "positions") as stage:
-        if correct_eigenvalues:  # while this pass compiles
-            operands = eigenvector_shapes(problem, dtype)
-            correction.compile_ahead(next(iter(batches)), operands)
-        covariances = Pass(method, problem, dtype=dtype).run(batches, advance=stage.advance)
-        covariances = method.finish(sites, covariances)
-    counts = TermCounts(positions if terms is None else terms, routed_terms(covariances))
-    if unused := sum(int((routed == 0).sum()) for routed in counts.routed.values()):
-        everyone = sum(len(routed) for routed in counts.routed.values())
-        progress.warn(
-            f"{unused} of {everyone} expert linears got no position: their factors are zero; "
-            "give more data, or leave them out with `filter_modules`"
-        )
-    yield covariance_tensors(sites, covariances)
+    if saved is not None and saved.done == len(matrices):
+        counts, bases = saved.terms, saved.bases
+    else:
+        ahead = seconds_of([matrix.dimension for matrix in matrices])
+        sums = kept.series("covariances", ahead=ahead)
+        with progress.stage("Covariances", positions, "positions") as stage:
+            if correct_eigenvalues:  # while this pass compiles
+                operands = eigenvector_shapes(problem, dtype)
+                correction.compile_ahead(next(iter(batches)), operands)
+            covariances = Pass(method, problem, dtype=dtype).run(
+                batches, advance=stage.advance, kept=sums
+            )
+            covariances = method.finish(sites, covariances)
+        counts = TermCounts(total, routed_terms(covariances))
+        if unused := sum(int((routed == 0).sum()) for routed in counts.routed.values()):
+            everyone = sum(len(routed) for routed in counts.routed.values())
+            progress.warn(
+                f"{unused} of {everyone} expert linears got no position: their factors are zero; "
+                "give more data, or leave them out with `filter_modules`"
+            )
+        yield covariance_tensors(sites, covariances)
 
-    matrices = len(covariance_matrices(sites))
-    with progress.stage("Eigendecompositions", matrices, "matrices") as stage:
-        bases = eigendecompose_covariances(
-            problem, covariances, terms=counts, dtype=dtype, advance=stage.advance
-        )
+        with progress.stage("Eigendecompositions", len(matrices), "matrices") as stage:
+            bases = eigendecompose_covariances(
+                problem, covariances, terms=counts, dtype=dtype, advance=stage.advance,
+                # Some pairs are of no use without the matrices of the others.
+                saved=saved if sums.ended else None, kept=ended if sums.ended else None,
+            )  # fmt: skip
+            finish_eigenbases(bases, counts, sites, ended)
     yield eigen_tensors(sites, bases, counts, documents)
 
     if correct_eigenvalues:
         with progress.stage("Eigenvalue correction", positions, "positions") as stage:
-            squares = correction.run(batches, operands=bases.vectors, advance=stage.advance)
+            squares = correction.run(
+                batches, operands=bases.vectors, advance=stage.advance,
+                kept=kept.series("correction"),
+            )  # fmt: skip
         yield correction_tensors(sites, squares, documents)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from jhessians.capture.problem import Problem
 from jhessians.data.batches import Batches
+from jhessians.fitting.checkpoints import Checkpoints
 from jhessians.fitting.passes import run_pass
 from jhessians.fitting.reporting import Reporter
 from jhessians.folds.normalizers import Normalizer
@@ -23,6 +24,7 @@ def make_normalizers(
     include_bias: bool,
     dtype: DTypeLike,
     progress: Reporter,
+    kept: Checkpoints | None = None,
 ) -> dict[str, Normalizer]:
     """Those of an optimizer, those of a pass over the data, or none.
 
@@ -35,6 +37,7 @@ def make_normalizers(
         include_bias: Whether biases count.
         dtype: Number format of the sums.
         progress: Where the stage is shown.
+        kept: Where sums are saved, and from where they are continued.
 
     Returns:
         Module's full name → its normalizer; of an optimizer, of the modules that it has.
@@ -57,5 +60,8 @@ def make_normalizers(
     documents = batches.documents
     fold = SecondMoment(factored=kind == "adafactor", dtype=dtype)
     with progress.stage("Normalizers", documents.positions, "positions") as stage:
-        sums = run_pass(fold, problem, batches, dtype=dtype, advance=stage.advance)
+        sums = run_pass(
+            fold, problem, batches, dtype=dtype, advance=stage.advance,
+            kept=(kept or Checkpoints()).series("normalizers"),
+        )  # fmt: skip
         return fold.finish(problem.sites, sums, documents=len(documents))

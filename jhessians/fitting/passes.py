@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jhessians.devices.hosts import fetch
 from jhessians.devices.memory import return_freed_memory
 from jhessians.devices.mesh import put_batches
 from jhessians.errors import NumericsError
+from jhessians.fitting.checkpoints import Series
 from jhessians.typing import DTypeLike, PyTree
 
 COMPILER_OPTIONS = {"cpu": {"xla_backend_optimization_level": 1}}
@@ -75,12 +77,18 @@ class Pass:
         *,
         operands: Operands | None = None,
         advance: Callable[[int], None] = lambda positions: None,
+        kept: Series | None = None,
     ) -> Statistics:
         """Sum over all batches; arguments, result and errors are those of `run_pass`."""
+        kept = kept or Series()
+        saved = kept.load(lambda position: self._shapes_of_sums())
+        done, running = (saved.position["batches"] if saved else 0), None
+        statistics = saved.arrays if saved else self.initialize()
+        batches = iter(batches)
+        if done:
+            advance(sum(map(self._counted, islice(batches, done))))
         if self._ahead:  # or its step would be compiled twice at the same time
             self._ahead.join()
-        statistics = self.initialize()
-        done, running = 0, None
         for group in self._groups(batches):
             if not self._checked:
                 check_fold(self.fold, self.problem, group[0], statistics, operands)
@@ -92,8 +100,12 @@ class Pass:
             else:  # it was compiled just now
                 return_freed_memory()
             running = (group, losses)
+            if kept.due():  # losses are looked at first: no sum that isn't finite is saved
+                done, running = self._finish(done, *running, advance), None
+                kept.save({"batches": done}, statistics)
         if running:
-            self._finish(done, *running, advance)
+            done = self._finish(done, *running, advance)
+        kept.finish({"batches": done}, statistics)
         return statistics
 
     def initialize(self) -> Statistics:
@@ -177,9 +189,13 @@ class Pass:
                     f"the loss of batch {number} is {loss}; expected a finite number: check the "
                     "weights, or compute in float32 (`precision` fp32)"
                 )
-        masks = [mask for batch in group if (mask := self.problem.mask(batch)) is not None]
-        advance(sum(int(mask.sum()) for mask in masks) * self.problem.hosts)
+        advance(sum(map(self._counted, group)))
         return done + len(group)
+
+    def _counted(self, batch: PyTree[np.ndarray]) -> int:
+        """About how many positions of a batch count, on all hosts."""
+        mask = self.problem.mask(batch)
+        return 0 if mask is None else int(mask.sum()) * self.problem.hosts
 
 
 def run_pass(
@@ -190,6 +206,7 @@ def run_pass(
     dtype: DTypeLike | None = None,
     operands: Operands | None = None,
     advance: Callable[[int], None] = lambda positions: None,
+    kept: Series | None = None,
 ) -> Statistics:
     """Sum a fold over all batches.
 
@@ -201,6 +218,7 @@ def run_pass(
         operands: Further arrays that the fold needs, by site.
         advance: Called when some batches are done, with how many of their positions counted. With
             several hosts it is an estimate from those of this host.
+        kept: Where running sums are saved, and from where they are continued.
 
     Returns:
         The sums, packed and by site; `unpack` makes whole arrays of them, by module.
@@ -212,7 +230,9 @@ def run_pass(
         TypeError: Inside a caller's own jit.
         ValueError: As in `accumulate`.
     """
-    return Pass(fold, problem, dtype=dtype).run(batches, operands=operands, advance=advance)
+    return Pass(fold, problem, dtype=dtype).run(
+        batches, operands=operands, advance=advance, kept=kept
+    )
 
 
 def check_fold(

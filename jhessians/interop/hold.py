@@ -14,8 +14,10 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from jhessians.errors import OutputError
 
@@ -52,35 +54,47 @@ class Hold:
     """Holds a folder until `release`, or until the process ends.
 
     Args:
-        folder: Exists, and nobody else's.
+        folder: Exists.
+        goes_on: Whether a dead run of ours left it, which this one continues under its run id;
+            otherwise nobody else has it.
 
     Attributes:
         holder: This process.
+
+    Raises:
+        OutputError: If a folder to go on with isn't what a run of ours left, or a living one holds
+            it.
+        OSError: If the mark can't be written.
     """
 
-    def __init__(self, folder: Path):
-        self.holder = Holder(
-            uuid.uuid4().hex, socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
-        )
+    def __init__(self, folder: Path, *, goes_on: bool = False):
         self._path = folder / MARK
-        self._file = self._path.open("x", encoding="utf-8")
-        _lock(self._file.fileno())
+        if goes_on:
+            self._file, before = _take(folder)
+            run_id = before.run_id if before else uuid.uuid4().hex
+        else:
+            self._file, run_id = self._path.open("x", encoding="utf-8"), uuid.uuid4().hex
+            _lock(self._file.fileno())
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.holder = Holder(run_id, socket.gethostname(), os.getpid(), since)
+        self._file.seek(0)
         self._file.write(json.dumps(asdict(self.holder)) + "\n")
+        self._file.truncate()
         self._file.flush()
         self._ended = threading.Event()
         threading.Thread(target=self._touch, daemon=True).start()
 
-    def release(self, *, unmark: bool) -> None:
+    def release(self, *, unmark: Path | None = None) -> None:
         """Let go of the folder; nothing happens the second time.
 
         Args:
-            unmark: Whether to remove the mark; not if the folder is gone, and another may be there.
+            unmark: Where the folder now is, to remove the mark from it; None to leave it.
         """
         if self._ended.is_set():
             return
         self._ended.set()
-        if unmark:
-            self._path.unlink(missing_ok=True)
+        if unmark is not None and _is_still(unmark / MARK, self._file.fileno()):
+            (unmark / MARK).unlink()
         self._file.close()
 
     def _touch(self) -> None:
@@ -101,13 +115,31 @@ def remove_leftover(folder: Path) -> None:
         OutputError: If it isn't a folder that a run of ours made, or a living one holds it.
         OSError: If it can't be deleted.
     """
+    file, _ = _take(folder)
+    with file:
+        # Under another name before the lock ends: somebody else may be about to do the same.
+        removed = folder.with_name(f"{folder.name}.removed-{uuid.uuid4().hex[:8]}")
+        os.rename(folder, removed)
+    shutil.rmtree(removed)
+
+
+def _take(folder: Path) -> tuple[TextIO, Holder | None]:
+    """Lock what a dead run of ours left behind.
+
+    Returns:
+        Its open mark, and who that was if known.
+
+    Raises:
+        OutputError: If it isn't a folder that a run of ours made, or a living one holds it.
+    """
     path = folder / MARK
     if folder.is_symlink() or not folder.is_dir() or path.is_symlink() or not path.is_file():
         raise OutputError(
             f"{folder} stands where the result would grow, and isn't what an unfinished run left "
             "there; move it away or choose another path"
         )
-    with path.open("r+", encoding="utf-8") as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("r+", encoding="utf-8"))
         try:
             holder = Holder(**json.loads(file.read()))
         except (ValueError, TypeError):
@@ -120,10 +152,8 @@ def remove_leftover(folder: Path) -> None:
                 f"{folder} is being written by {holder or 'a process that has just begun'}; wait "
                 "for it, stop it, or choose another path"
             )
-        # Under another name before the lock ends: somebody else may be about to do the same.
-        removed = folder.with_name(f"{folder.name}.removed-{uuid.uuid4().hex[:8]}")
-        os.rename(folder, removed)
-    shutil.rmtree(removed)
+        stack.pop_all()
+    return file, holder
 
 
 def _lock(handle: int) -> bool | None:

@@ -1,6 +1,7 @@
 """What says that a folder is a finished result of ours: `manifest.json`, written last.
 
     {"format": "jhessians", "version": 1, "run_id": "6d0c…", "command": "compute",
+     "inputs": {"the data set": "5e88…", …},
      "files": {"config.yaml": {"size": 812, "sha256": "9f86…"}, …}}
 
 Only a folder with a manifest is ever replaced. `jhessians verify` compares sizes and hashes.
@@ -9,9 +10,10 @@ Only a folder with a manifest is ever replaced. `jhessians verify` compares size
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jhessians.errors import CheckpointError
@@ -40,20 +42,25 @@ class Manifest:
         run_id: Random, of the run that wrote it.
         command: Which command that was, such as "compute".
         files: Path below the result's folder, with slashes → what it has to be.
+        inputs: What the run read, such as "the data set" → a hash of it.
     """
 
     run_id: str
     command: str
     files: dict[str, Entry]
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
-def write_manifest(folder: Path, *, run_id: str, command: str) -> Manifest:
+def write_manifest(
+    folder: Path, *, run_id: str, command: str, inputs: Mapping[str, str] = MappingProxyType({})
+) -> Manifest:
     """Describe a finished result, and see to it that all of it is on the disk.
 
     Args:
         folder: Holds the result; files whose names begin with a dot are not part of it.
         run_id: Of the run.
         command: Which wrote it.
+        inputs: What was read, by hashes.
 
     Returns:
         What was written.
@@ -73,6 +80,7 @@ def write_manifest(folder: Path, *, run_id: str, command: str) -> Manifest:
         files[path.relative_to(folder).as_posix()] = Entry(status.st_size, known[key])
     document = {
         "format": FORMAT, "version": VERSION, "run_id": run_id, "command": command,
+        "inputs": dict(inputs),
         "files": {name: entry._asdict() for name, entry in files.items()},
     }  # fmt: skip
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
@@ -81,7 +89,7 @@ def write_manifest(folder: Path, *, run_id: str, command: str) -> Manifest:
         os.fsync(file.fileno())
     for place, _, _ in os.walk(folder):
         sync_folder(Path(place))
-    return Manifest(run_id, command, files)
+    return Manifest(run_id, command, files, dict(inputs))
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -107,7 +115,8 @@ def read_manifest(folder: Path) -> Manifest | None:
             raise ValueError(f"its version {document['version']} is later than {VERSION}")
         files = {str(name): Entry(int(each["size"]), str(each["sha256"]))
                  for name, each in document["files"].items()}  # fmt: skip
-        return Manifest(str(document["run_id"]), str(document["command"]), files)
+        inputs = {str(name): str(each) for name, each in document.get("inputs", {}).items()}
+        return Manifest(str(document["run_id"]), str(document["command"]), files, inputs)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no manifest of jhessians: {error or type(error).__name__}; compute the "
@@ -151,6 +160,18 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(folder: Path) -> None:
+    """See to it that a folder's files and their names, and those in folders below, are on the disk.
+
+    Args:
+        folder: Exists.
+    """
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync_folder(Path(place, name))
+        sync_folder(Path(place))
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -158,7 +179,8 @@ def _sha256(path: Path) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     """Regular files, but for the manifest and what only a run in progress has."""
-    for place, _, names in os.walk(folder):
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(place, name)
             if not name.startswith(".") and path != folder / MANIFEST:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-from jhessians.errors import CheckpointError, OutputError
+from jhessians.errors import CheckpointError, ConfigError, OutputError
 from jhessians.interop.hold import Hold, remove_leftover
 from jhessians.interop.manifest import MANIFEST, read_manifest, sync_folder, write_manifest
 
@@ -46,6 +46,21 @@ def output_error(error: OSError, path: Path) -> OutputError:
     return OutputError(f"cannot write {path}: {cause}; {remedy}")
 
 
+def has_state(part: Path) -> bool:
+    """Whether an unfinished result has a saved state, which a run can go on with.
+
+    Args:
+        part: Its folder.
+
+    Returns:
+        False also if there is no such folder, or it isn't ours.
+    """
+    found = [path for depth in ("*", "*/*") for path in (part / STATE).glob(depth)]
+    return not part.is_symlink() and any(
+        path.name.isdigit() or path.suffix == ".done" for path in found
+    )
+
+
 def require_apart(path: Path, inputs: Iterable[str | Path]) -> None:
     """Check that replacing a folder would destroy nothing that a run reads or stands on.
 
@@ -73,25 +88,37 @@ def require_apart(path: Path, inputs: Iterable[str | Path]) -> None:
             )
 
 
+STATE = ".state"
+"""Folder of a growing result with what its run has saved (`jhessians.fitting.checkpoints`)."""
+
+
 class RunDirectory:
     """Context manager for a run's output folder: `with RunDirectory(path) as part: ...`.
 
-    Entering gives `<path>.part`, empty and held by this process; what a run that was cut off left
-    there is removed. Leaving normally writes the manifest and renames it to `path`. Leaving by any
-    exception, Ctrl-C included, removes it and leaves whatever is under `path` as it was.
+    Entering gives `<path>.part`, held by this process: empty, or what an unfinished run left there
+    and this one continues. Leaving normally writes the manifest and renames it to `path`. Leaving
+    by any exception, Ctrl-C included, leaves whatever is under `path` as it was, and removes
+    `<path>.part` unless the run saved a state there (`STATE`).
 
     Args:
         path: Final name of the result.
-        overwrite: Replace an earlier result, once the new one is complete.
+        overwrite: Replace an earlier result, once the new one is complete, and discard what an
+            unfinished run saved.
         command: What writes it, for the manifest.
         inputs: Paths that the run reads, which replacing must not touch.
         writer: False in all but one process of a multi-process run; such a process gets the
             same folder name and never touches the disk.
+        resume: Go on with what an unfinished run saved, if there is something.
+
+    Attributes:
+        resumed: Whether there is.
+        contents: What the run reads, such as "the data set" → a hash of it, for the manifest.
 
     Raises:
         OutputError: If `path` exists and `overwrite` is false, or it isn't an earlier result that
-            may be replaced; if another process is writing it; if the disk is full, read-only or not
-            ours to write to.
+            may be replaced; if another process is writing it; if an unfinished run saved something
+            there, and neither `overwrite` nor `resume` is true; if the disk is full, read-only or
+            not ours to write to.
     """
 
     def __init__(
@@ -102,6 +129,7 @@ class RunDirectory:
         command: str,
         inputs: Iterable[str | Path] = (),
         writer: bool = True,
+        resume: bool = False,
     ):
         # An absolute name stays right when the run changes its working directory.
         self.path = Path(os.path.abspath(path))
@@ -109,6 +137,8 @@ class RunDirectory:
             raise OutputError(f"cannot write {path}: expected a folder's name; give a new folder")
         self.part = self.path.with_name(self.path.name + ".part")
         self.overwrite, self.command, self.writer = overwrite, command, writer
+        self.resume, self.resumed = resume, False
+        self.contents: dict[str, str] = {}
         self._inputs = [Path(os.path.abspath(each)) for each in inputs]
         self._hold: Hold | None = None
         self._keep_part = False
@@ -125,9 +155,10 @@ class RunDirectory:
         try:
             self._check_free()
             if os.path.lexists(self.part):
-                remove_leftover(self.part)
-            self.part.mkdir(parents=True)
-            self._hold = Hold(self.part)
+                self._take_leftover()
+            if not self.resumed:
+                self.part.mkdir(parents=True)
+                self._hold = Hold(self.part)
         except OSError as error:
             raise output_error(error, self.path) from error
         return self.part
@@ -141,17 +172,41 @@ class RunDirectory:
         if not self.writer:
             return
         assert self._hold is not None
+        published = None
         try:
             if error is None:
                 self._describe()
-                self._hold.release(unmark=True)
                 self._publish()
+                published = self.path
+                shutil.rmtree(self.path / STATE, ignore_errors=True)
         finally:
-            if not self._keep_part:
-                shutil.rmtree(self.part, ignore_errors=True)
-            self._hold.release(unmark=False)
+            if published is None:
+                self._leave(error)
+            # A finished result without its name is nobody's leftover.
+            finished = self.part if self._keep_part and not has_state(self.part) else None
+            self._hold.release(unmark=published or finished)
         if isinstance(error, OSError) and self._is_ours(error):
             raise output_error(error, self.path) from error
+
+    def _take_leftover(self) -> None:
+        """Continue or remove what an unfinished run left."""
+        if has_state(self.part) and self.resume:
+            self._hold, self.resumed = Hold(self.part, goes_on=True), True
+        elif has_state(self.part) and not self.overwrite:
+            raise OutputError(
+                f"{self.part} holds what an unfinished run has saved; pass `resume` to go on with "
+                "it, `overwrite` to begin anew, or choose another path"
+            )
+        else:
+            remove_leftover(self.part)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Remove an unfinished result, unless a run can go on with it."""
+        if has_state(self.part):
+            if error is not None and not isinstance(error, ConfigError):
+                error.add_note(f"pass --resume to go on with what is saved in {self.part}")
+        elif not self._keep_part:
+            shutil.rmtree(self.part, ignore_errors=True)
 
     def _check_free(self) -> None:
         path = self.path
@@ -180,7 +235,9 @@ class RunDirectory:
 
     def _describe(self) -> None:
         try:
-            write_manifest(self.part, run_id=self.run_id, command=self.command)
+            write_manifest(
+                self.part, run_id=self.run_id, command=self.command, inputs=self.contents
+            )
         except OSError as error:
             raise output_error(error, self.path) from error
 

@@ -76,6 +76,7 @@ class AutocorrelationMethod(Method):
             include_bias=run.include_bias,
             dtype=run.dtype,
             progress=run.progress,
+            kept=run.kept,
         )
         documents = run.batches.documents
         result = fit_autocorrelations(
@@ -87,6 +88,7 @@ class AutocorrelationMethod(Method):
             normalizers=normalizers,
             progress=run.progress,
             positions=documents.positions,
+            kept=run.kept,
         )
         processor = GradientProcessor(
             normalizers,

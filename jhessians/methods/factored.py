@@ -49,6 +49,9 @@ class FactoredMethod(Method):
         data, terms = run.batches.documents, run.batches.terms(fold.unit)
         destination = replace(run.destination, total_processed=terms)
         for number, sites in enumerate(groups, start=1):
+            kept = run.kept.within(f"partition-{number}") if len(groups) > 1 else run.kept
+            if kept.done:
+                continue
             if len(groups) > 1:
                 modules = sum(len(site.slots) for site in sites.values())
                 run.progress.note(f"Partition {number} of {len(groups)}: {modules} modules")
@@ -62,6 +65,7 @@ class FactoredMethod(Method):
                 correct_eigenvalues=run.correct_eigenvalues,
                 dtype=run.dtype,
                 progress=run.progress,
+                kept=kept,
             )
             for kinds in stages:
                 with run.progress.stage(
@@ -73,6 +77,8 @@ class FactoredMethod(Method):
                             among=shapes.get(kind), fresh=number == 1, last=number == len(groups),
                         )  # fmt: skip
                         stage.advance(len(tensors))
+            if len(groups) > 1:
+                kept.finish()
         destination.write_totals(corrected=run.correct_eigenvalues, include_bias=run.include_bias)
 
     def flop(self, work: arithmetic.Work, options: Any) -> dict[str, float]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # JAX takes seconds to import: --help must not wait for it
     from jhessians.capture.site import Site
     from jhessians.data.batches import Batches
     from jhessians.fitting.arithmetic import Work
+    from jhessians.fitting.checkpoints import Checkpoints
     from jhessians.fitting.reporting import Reporter
     from jhessians.interop.export import Destination
     from jhessians.interop.optimizer_state import Parameter
@@ -39,6 +40,7 @@ class Run:
         destination: The folder to write into, and how.
         progress: Is told of stages, notes and warnings.
         parameters: Lists the parameters of torch's model, as its optimizer numbers them.
+        kept: Where the fit's state is saved, and from where an earlier one is continued.
     """
 
     problem: Problem
@@ -51,6 +53,7 @@ class Run:
     destination: Destination
     progress: Reporter
     parameters: Callable[[], Sequence[Parameter]]
+    kept: Checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from jhessians.config.machine import (
     MachineOptions,
     OutputOptions,
     ProfileOptions,
+    SavingOptions,
 )
 from jhessians.config.numbers import NumberOptions
 from jhessians.config.option import check_tables, options_of
@@ -34,6 +35,7 @@ _METHODS_OWN: Any = tuple(dict.fromkeys(each.options for each in METHODS.values(
 class ComputeConfig(
     ConsoleOptions,
     ProfileOptions,
+    SavingOptions,
     OutputOptions,
     MachineOptions,
     *_METHODS_OWN,  # type: ignore[misc]

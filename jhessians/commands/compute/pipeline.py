@@ -26,7 +26,9 @@ from jhessians.commands.problem import (
     require_parameter_order,
     settled_activations,
 )
+from jhessians.commands.resuming import contents_of, resuming
 from jhessians.config.option import name_flags, options_of
+from jhessians.devices.fingerprint import fingerprint
 from jhessians.devices.hosts import start_hosts, together
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
@@ -77,12 +79,23 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
             around=recorder.around,
             reword=partial(name_flags, names=names),
         )
-        inputs = read_inputs(config, mesh, progress, token_batch_size=config.token_batch_size)
+        replayed = config.replayed
+        state = stack.enter_context(resuming(config, directory, mesh, progress))
+        config = state.taken_up(config)
+        inputs = read_inputs(
+            config, mesh, progress,
+            token_batch_size=config.token_batch_size, devices=state.devices,
+        )  # fmt: skip
         require_parameter_order(inputs, config.optimizer_state)
         problem, sites = _load_problem(config, inputs, mesh, progress)
         config = _settled(config, inputs, problem, mesh, progress)
         problem = replace(problem, activations=cast(Activations, config.activations))
-        shards = config.num_shards or mesh.size
+        shards = config.num_shards or state.devices
+        with progress.stage("Fingerprints"), together():
+            documents = inputs.batches.documents.fingerprint()
+            weights = fingerprint(problem.model)
+            contents = contents_of(documents, weights, config.optimizer_state)
+            state.begin(config, contents, replayed)
         run = Run(
             problem,
             inputs.batches,
@@ -101,9 +114,11 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
             ),
             progress=progress,
             parameters=partial(converters.parameter_order.named_parameters, inputs.settings),
+            kept=state.checkpoints,
         )
-        config.chosen.fit(run)
         _write_config(run, config, inputs, mesh)
+        config.chosen.fit(run)
+        state.checkpoints.settle()
         with together():
             profile = None
             if config.profile:

@@ -1,0 +1,173 @@
+"""What a command saves while it runs, and what of an unfinished run it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jhessians.config.fingerprint import BY_CONTENT, NOT_NUMBERS, Fingerprint
+from jhessians.devices.hosts import most_of_hosts, together
+from jhessians.errors import ConfigError
+from jhessians.fitting.checkpoints import Checkpoints, SavedCheckpoints
+from jhessians.fitting.grace import saving
+from jhessians.interop.rundir import STATE, RunDirectory
+from jhessians.report.progress import Progress
+
+FINGERPRINT = "fingerprint.json"
+
+
+class Resuming:
+    """A run's saved state, of which a fingerprint says what run it is of.
+
+    Args:
+        config: The command's options, those of saving among them.
+        directory: Where it writes, entered.
+        mesh: The devices.
+        progress: Is told what is continued.
+
+    Attributes:
+        checkpoints: Where the state is saved.
+        devices: Over how many devices the documents of a batch are divided.
+
+    Raises:
+        ConfigError: If an unfinished run can't be continued by this one.
+    """
+
+    def __init__(self, config: Any, directory: RunDirectory, mesh: Mesh, progress: Progress):
+        self.checkpoints, self.devices = Checkpoints(), mesh.size
+        self._directory, self._folder = directory, directory.part / STATE
+        self._given, self._warn = config.resolved_dict(), progress.warn
+        self._earlier: Fingerprint | None = None
+        resumed = bool(most_of_hosts(int(directory.resumed)))
+        if config.resume and not resumed:
+            progress.note("No unfinished run has saved anything here: this one begins anew")
+        if resumed:
+            with together():
+                self._earlier = Fingerprint.read(self._folder / FINGERPRINT)
+                if difference := self._earlier.difference(self._given):
+                    raise ConfigError(
+                        f"{directory.part} is an unfinished run of other options: {difference}; "
+                        "give the same, or pass `overwrite` instead of `resume` to begin anew"
+                    )
+                self._take_devices(self._earlier.devices, mesh, progress)
+        elif not config.checkpoint_minutes:
+            return
+        if not self._is_shared():
+            progress.warn(
+                f"the run's state isn't saved: not every host sees {directory.part}; give a folder "
+                "that all of them share"
+            )
+            return
+        self.checkpoints = SavedCheckpoints(
+            self._folder, minutes=config.checkpoint_minutes or float("inf"),
+            note=progress.note, warn=progress.warn,
+        )  # fmt: skip
+
+    def taken_up(self, config: Any) -> Any:
+        """The options with those settled that an unfinished run had settled.
+
+        Args:
+            config: As they were given.
+
+        Returns:
+            A config; of the same values if nothing is continued.
+        """
+        if self._earlier is None:
+            return config
+        leave = NOT_NUMBERS | BY_CONTENT
+        settled = {k: v for k, v in self._earlier.settled.items() if k not in leave}
+        return replace(config, **settled)
+
+    def begin(self, config: Any, contents: Mapping[str, str], replayed: Mapping[str, str]) -> None:
+        """Note what the run is, before anything of it is saved.
+
+        Args:
+            config: The options, all of them settled.
+            contents: What is read, such as "the data set" → a hash of it.
+            replayed: The same of the run whose options are replayed; empty if none are.
+
+        Raises:
+            ConfigError: If an unfinished run read something else.
+        """
+        self._directory.contents = dict(contents)
+        if changed := [name for name, value in replayed.items()
+                       if name in contents and contents[name] != value]:  # fmt: skip
+            self._warn(f"{' and '.join(changed)} changed since the run that is replayed")
+        if self._earlier is not None:
+            if name := self._earlier.changed(contents):
+                raise ConfigError(
+                    f"{self._directory.part} is an unfinished run, and {name} changed since; pass "
+                    "`overwrite` instead of `resume` to begin anew"
+                )
+        elif jax.process_index() == 0 and self._folder.is_dir():
+            found = Fingerprint(self._given, config.resolved_dict(), contents, self.devices)
+            found.write(self._folder / FINGERPRINT)
+
+    def _take_devices(self, devices: int, mesh: Mesh, progress: Progress) -> None:
+        """Divide batches as the unfinished run did, if that can be done here."""
+        if devices % mesh.size:
+            raise ConfigError(
+                f"{self._directory.part} was begun on {devices} devices, of which "
+                f"{mesh.size} is no divisor: resume on {devices}, or on "
+                f"{' or '.join(str(n) for n in range(devices - 1, 0, -1) if devices % n == 0)}"
+            )
+        if devices != mesh.size:
+            progress.note(
+                f"Begun on {devices} devices, continued on {mesh.size}: the result is that of an "
+                "uninterrupted run up to the rounding of sums, not bit for bit"
+            )
+        self.devices = devices
+
+    def _is_shared(self) -> bool:
+        """Whether all hosts see the folder, which the first one makes."""
+        with together():
+            if jax.process_index() == 0:
+                self._folder.mkdir(exist_ok=True)
+        return not most_of_hosts(int(not self._folder.is_dir()))
+
+
+@contextmanager
+def resuming(
+    config: Any, directory: RunDirectory, mesh: Mesh, progress: Progress
+) -> Iterator[Resuming]:
+    """A run's saved state, all of which is on the disk when the block is left.
+
+    Arguments and errors are those of `Resuming`.
+
+    Yields:
+        The state.
+    """
+    found = Resuming(config, directory, mesh, progress)
+    with ExitStack() as stack:
+        if config.checkpoint_minutes:
+            stack.enter_context(saving(config.grace_seconds))
+        stack.callback(found.checkpoints.settle)
+        yield found
+
+
+def contents_of(documents: str, weights: str, optimizer_state: str | None = None) -> dict[str, str]:
+    """What a run reads, by hashes.
+
+    Args:
+        documents: Of the data set.
+        weights: Of the model.
+        optimizer_state: A file or folder; None for none.
+
+    Returns:
+        Words → hash, or sizes and times of an optimizer's files, which may be large.
+    """
+    contents = {"the data set": documents, "the model's weights": weights}
+    if optimizer_state is not None:
+        root = Path(optimizer_state)
+        files = sorted(root.rglob("*")) if root.is_dir() else [root]
+        stats = [(str(each.relative_to(root)), each.stat()) for each in files if each.is_file()]
+        contents["the optimizer's state"] = repr(
+            [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        )
+    return contents
