@@ -55,7 +55,7 @@ def has_state(part: Path) -> bool:
     Returns:
         False also if there is no such folder, or it isn't ours.
     """
-    found = [path for depth in ("*", "*/*") for path in (part / STATE).glob(depth)]
+    found = [path for depth in ("*", "*/*", "*/*/*") for path in (part / STATE).glob(depth)]
     return not part.is_symlink() and any(
         path.name.isdigit() or path.suffix == ".done" for path in found
     )
