@@ -10,16 +10,17 @@ its own part, under a temporary name until it is whole.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from converters import orbax_noise
 from jhessians.devices.hosts import most_of_hosts
 from jhessians.fitting.grace import Terminated, asked
 from jhessians.interop.manifest import sync_folder, sync_tree
@@ -198,7 +199,7 @@ class _Clock:
         if series is None:
             return True
         try:
-            with orbax_noise.quietly():
+            with _hushed():
                 series.manager.wait_until_finished()
         except Exception as error:  # a fit goes on without, whatever Orbax meets
             warn(f"the run's state can't be saved: {_in_a_line(error)}; the run goes on")
@@ -254,7 +255,7 @@ class SavedSeries(Series):
             return None
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                with orbax_noise.quietly():
+                with _hushed():
                     only = ocp.args.Composite(position=ocp.args.JsonRestore())
                     position = self.manager.restore(step, args=only).position
                     wanted = like(position)
@@ -304,7 +305,7 @@ class SavedSeries(Series):
             position=ocp.args.JsonSave(dict(position)), arrays=ocp.args.PyTreeSave(_flat(arrays))
         )
         try:
-            with orbax_noise.quietly():
+            with _hushed():
                 self.manager.save(step, args=items)
             clock.writing, self._latest = self, position
             clock.obsolete = self._replaces if self.ended else None
@@ -336,3 +337,14 @@ def _restore_args(leaf: Any) -> Any:
 
 def _in_a_line(error: Exception) -> str:
     return " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep back what Orbax logs of an error that it raises, too."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

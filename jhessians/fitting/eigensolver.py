@@ -67,7 +67,7 @@ def decompose(tasks: Sequence[Task], dtype: np.dtype) -> Iterator[Eigen]:
             # The others wait for a result, and see from this one that there is none.
             return Eigen(*(np.full((task.dimension,) * n, np.nan, dtype) for n in (1, 2)))
 
-    largest = max(task.dimension for task in tasks)
+    largest = max((task.dimension for task in tasks), default=1)
     for task, owner, pair in zip(tasks, owners, side_by_side(solve, sums(), largest), strict=True):
         everyones = _from_owner(pair, owner, task.dimension, dtype)
         if not np.isfinite(everyones.values).all():

@@ -5,7 +5,6 @@ the small runs here. A run is killed after some seconds, or when it is about to 
 in its folder: a rename, a new folder, a file opened for writing or deleted.
 """
 
-import io
 import json
 import multiprocessing
 import os
@@ -97,7 +96,7 @@ def _run(arguments, folder, log, change, environment):
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    sys.stdout, sys.stderr = io.open(1, "w", closefd=False), io.open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM
                       else signal.default_int_handler)  # fmt: skip

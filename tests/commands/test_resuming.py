@@ -39,7 +39,7 @@ def config(model, tmp_path):
     def make(name="run", **options):
         given = {"model": str(model), "dataset": str(model / "docs.jsonl"), "quiet": True,
                  "world_size": 1, "token_batch_size": 32, "max_tokens": 400, "method": "ekfac"}  # fmt: skip
-        return ComputeConfig(run_path=str(tmp_path / name), **given | options)
+        return ComputeConfig(run_path=str(tmp_path / name), **(given | options))
 
     return make
 
