@@ -44,3 +44,13 @@ def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     """`; did you mean ...?` for a near miss, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(prefix + each for each in close)}?" if close else ""
+
+
+def shown(thing: object, *, limit: int = 100) -> str:
+    """A value from a file in a message: short, on one line, and without control characters."""
+    try:
+        text = thing if isinstance(thing, str) else repr(thing)
+    except (RecursionError, ValueError):  # nested too deep, or an integer of thousands of digits
+        text = f"a {type(thing).__name__}"
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= limit else f"{text[:limit]}…"
