@@ -69,11 +69,7 @@ def open_input(path: Path, *, buffering: int = -1) -> BufferedReader:
         OSError: If it can't be opened, or is no ordinary file.
     """
     require_ordinary(path)
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NONBLOCK)
-
-    file: Any = open(path, "rb", buffering=buffering, opener=opener)
+    file: Any = open(path, "rb", buffering=buffering, opener=_at_once)
     try:
         _refuse_special(os.fstat(file.fileno()), path)  # it may be another one by now
     except OSError:
@@ -145,6 +141,10 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(text)
     except Exception as error:  # values such as `!!int ""` bring out whatever their parser raises
         raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _refuse_special(status: os.stat_result, path: Path) -> None:

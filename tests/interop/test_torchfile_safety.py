@@ -325,16 +325,16 @@ def test_a_huge_directory_is_not_read(tmp_path):
 def test_places_that_are_no_file(tmp_path):
     secret = tmp_path / "secret.pt"
     for path, because in (
-        (tmp_path / "missing.pt", "no such file"),
-        (tmp_path, "not a file"),
+        (tmp_path / "missing.pt", "No such file"),
+        (tmp_path, "Is a directory"),
         (tmp_path / ("x" * 300), ""),
         (tmp_path / "a\0b", ""),
-        (tmp_path / "two\nlines", "no such file"),
+        (tmp_path / "two\nlines", "No such file"),
     ):
         message = guarded_read(path)
         assert message is not None and because in message and "\n" not in message
     os.mkfifo(secret)
-    assert_refused(secret, "not a file")
+    assert_refused(secret, "it is a named pipe; expected an ordinary file")
 
 
 def test_every_truncation_is_refused(tmp_path):
