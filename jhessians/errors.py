@@ -46,11 +46,15 @@ def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     return f"; did you mean {' or '.join(prefix + each for each in close)}?" if close else ""
 
 
-def shown(thing: object, *, limit: int = 100) -> str:
-    """A value from a file in a message: short, on one line, and without control characters."""
+def quoted(value: object) -> str:
+    """A value from a file in a message, as Python writes it."""
     try:
-        text = thing if isinstance(thing, str) else repr(thing)
+        return shown(repr(value))
     except (RecursionError, ValueError):  # nested too deep, or an integer of thousands of digits
-        text = f"a {type(thing).__name__}"
+        return f"a {type(value).__name__}"
+
+
+def shown(text: str, *, limit: int = 200) -> str:
+    """Words from a file in a message: short, on one line, and without control characters."""
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= limit else f"{text[:limit]}…"

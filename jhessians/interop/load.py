@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from jhessians.errors import CheckpointError, NumericsError, shown
+from jhessians.errors import CheckpointError, NumericsError, quoted, shown
 from jhessians.interop import torchfile
 from jhessians.interop.layout import (
     DTYPES,
@@ -121,7 +121,7 @@ class FactorStore:
             count = count.item()
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise CheckpointError(
-                f"{path} holds {shown(repr(count))}; expected a count of at least 1; get a whole "
+                f"{path} holds {quoted(count)}; expected a count of at least 1; get a whole "
                 "copy of it or make it again"
             )
         return count

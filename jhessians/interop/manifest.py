@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from jhessians.errors import CheckpointError, shown
+from jhessians.errors import CheckpointError, quoted, shown
 from jhessians.files import open_input, read_json, require_ordinary
 
 MANIFEST = "manifest.json"
@@ -102,9 +102,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         document = read_json(path)
         if document["format"] != FORMAT:
-            raise ValueError(f"its format is {shown(repr(document['format']))}")
+            raise ValueError(f"its format is {quoted(document['format'])}")
         if not _is_count(document["version"]) or document["version"] > VERSION:
-            found = shown(repr(document["version"]))
+            found = quoted(document["version"])
             raise ValueError(f"its version {found} is not 1 to {VERSION}")
         files = {_inside(name): _entry(each) for name, each in document["files"].items()}
         return Manifest(_word(document["run_id"]), _word(document["command"]), files)
@@ -193,7 +193,7 @@ def sync_folder(folder: Path) -> None:
 
 def _entry(value: Any) -> Entry:
     if not _is_count(value["size"]):
-        raise ValueError(f"the size {shown(repr(value['size']))} is none")
+        raise ValueError(f"the size {quoted(value['size'])} is none")
     return Entry(value["size"], _word(value["sha256"]))
 
 
@@ -203,7 +203,7 @@ def _is_count(value: Any) -> bool:
 
 def _word(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{shown(value)} is no word")
+        raise ValueError(f"{quoted(value)} is no word")
     return value
 
 

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from jhessians.errors import CheckpointError, shown
+from jhessians.errors import CheckpointError, quoted, shown
 from jhessians.files import open_input, parse_json
 
 DTYPES: dict[str, np.dtype] = {
@@ -225,12 +225,12 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> SafetensorsTensor:
         raise _damaged(path, f"its entry of {shown(name)} can't be understood")
     if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(
-            f"{shown(name)} in {path.name} is stored as {shown(repr(code))}; expected one of "
+            f"{shown(name)} in {path.name} is stored as {quoted(code)}; expected one of "
             f"{', '.join(DTYPES)}"
         )
     # Also of a tensor without values, whose other axes numpy multiplies all the same.
     if len(shape) > _MOST_AXES or math.prod(max(n, 1) for n in shape) >= 2**59:
-        raise _damaged(path, f"{shown(name)} has the shape {shown(shape)}")
+        raise _damaged(path, f"{shown(name)} has the shape {quoted(shape)}")
     tensor = SafetensorsTensor(path, tuple(shape), DTYPES[code], data + start)
     if end - start != tensor.nbytes:
         raise _damaged(path, f"its entry of {shown(name)} contradicts itself")
