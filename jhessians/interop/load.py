@@ -119,7 +119,7 @@ class FactorStore:
         count = torchfile.load(path)
         if isinstance(count, np.ndarray) and count.size == 1:
             count = count.item()
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 2**63:
             raise CheckpointError(
                 f"{path} holds {quoted(count)}; expected a count of at least 1; get a whole "
                 "copy of it or make it again"

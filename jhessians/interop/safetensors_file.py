@@ -225,7 +225,7 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> SafetensorsTensor:
         raise _damaged(path, f"its entry of {shown(name)} can't be understood")
     if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(
-            f"{shown(name)} in {path.name} is stored as {quoted(code)}; expected one of "
+            f"{shown(name)} in {path} is stored as {quoted(code)}; expected one of "
             f"{', '.join(DTYPES)}"
         )
     # Also of a tensor without values, whose other axes numpy multiplies all the same.

@@ -9,7 +9,6 @@ import io
 import os
 import pickle
 import struct
-import sys
 import time
 import tracemalloc
 import warnings
@@ -30,22 +29,7 @@ from tests.interop.hostile_pickles import (
     tensor,
     text,
 )
-
-watching = False
-alarms: list[str] = []
-DANGEROUS = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen")
-DANGEROUS += ("exec", "compile", "pickle.find_class", "marshal.loads", "ctypes.dlopen")
-DANGEROUS += ("os.remove", "os.rename", "os.mkdir", "shutil.rmtree", "socket.connect")
-
-
-def watch(event: str, arguments: tuple) -> None:
-    if watching and event in DANGEROUS:
-        alarms.append(event)
-    if watching and event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-        alarms.append(f"open {arguments}")
-
-
-sys.addaudithook(watch)  # can't be removed; `watching` turns it on
+from tests.interop.watching import only_reading
 
 
 def read_all(path) -> None:
@@ -62,17 +46,12 @@ def read_all(path) -> None:
 
 def guarded_read(path) -> str | None:
     """Read a file under watch; the error's message, or None if it was read."""
-    global watching
-    alarms.clear()
-    watching = True
-    try:
-        read_all(path)
-        return None
-    except CheckpointError as error:
-        return str(error)
-    finally:
-        watching = False
-        assert not alarms, alarms
+    with only_reading():
+        try:
+            read_all(path)
+            return None
+        except CheckpointError as error:
+            return str(error)
 
 
 @pytest.fixture(scope="module", autouse=True)
