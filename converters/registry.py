@@ -41,7 +41,7 @@ from converters.origin import Origin
 from converters.reader import read_json
 from converters.rules import Family, module_names
 from converters.settings import check_neutral
-from jhessians.errors import CheckpointError, quoted
+from jhessians.errors import CheckpointError, quoted, shown
 from jhessians.models.config import DecoderConfig
 from jhessians.models.decoder import Decoder
 
@@ -187,7 +187,8 @@ def read_config(folder: Path) -> Any:
 
 def _family(model_type: Any, where: Any) -> Family:
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        given = json.dumps(model_type) if isinstance(model_type, str | None) else quoted(model_type)
+        word = isinstance(model_type, str | None)
+        given = shown(json.dumps(model_type)) if word else quoted(model_type)
         raise CheckpointError(
             f"{where} has the model_type {given}, which is not supported; "
             f"expected one of {', '.join(supported())}"

@@ -5,7 +5,11 @@ prints it and exits non-zero; a library caller catches `UserError` or one of its
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 120, 120
 
 
 class UserError(Exception):
@@ -47,11 +51,11 @@ def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
 
 
 def quoted(value: object) -> str:
-    """A value from a file in a message, as Python writes it."""
+    """A value from a file in a message, as Python writes it, but the inside of what is long."""
     try:
-        return shown(repr(value))
-    except (RecursionError, ValueError):  # nested too deep, or an integer of thousands of digits
-        return f"a {type(value).__name__}"
+        return shown(_BRIEF.repr(value))
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def shown(text: str, *, limit: int = 200) -> str:

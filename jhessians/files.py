@@ -9,9 +9,12 @@ import errno
 import json
 import os
 import stat
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
+
+_DEEPEST = 64  # brackets in brackets of a YAML file
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -119,7 +122,7 @@ def parse_json(text: str | bytes, **how: Any) -> Any:
         ValueError: If it isn't JSON, or too large or too deep to be read.
     """
     try:
-        return json.loads(text, **how)
+        return json.loads(text.decode() if isinstance(text, bytes) else text, **how)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
@@ -134,13 +137,25 @@ def read_yaml(path: Path) -> Any:
         OSError: If it can't be read, or is no ordinary file.
         ValueError: If it isn't YAML in UTF-8, or too deep to be read.
     """
-    import yaml
-
     text = read_text(path)
     try:
-        return yaml.safe_load(text)
+        return _yaml_loader()(text).get_single_data()
     except Exception as error:  # values such as `!!int ""` bring out whatever their parser raises
         raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+
+
+@cache
+def _yaml_loader() -> Any:
+    """PyYAML's safe loader with a bound on the depth of brackets: it takes the square of that."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def fetch_flow_collection_start(self, token: Any) -> None:
+            if self.flow_level >= _DEEPEST:
+                raise ValueError("it is nested too deep")
+            super().fetch_flow_collection_start(token)
+
+    return Loader
 
 
 def _at_once(path: str, flags: int) -> int:

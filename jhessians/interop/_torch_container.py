@@ -180,7 +180,8 @@ def _check_size(record: StorageRecord, nbytes: int) -> None:
 
 def _read_legacy(file: BufferedReader) -> tuple[Any, dict[str, Extent]]:
     file.seek(0)
-    head = file.read(_safe_pickle.MAX_PROGRAM_BYTES)
+    size = stamp_of(file)[0]
+    head = file.read(min(size, _safe_pickle.MAX_PROGRAM_BYTES))  # makes room for all it may read
     is_pickle = head[:3] == b"\x80\x02\x8a"
     need(is_pickle, f"not a file of torch.save, neither zip nor legacy; {_CONVERT}")
     magic, end, _ = _safe_pickle.run(head)
@@ -195,7 +196,6 @@ def _read_legacy(file: BufferedReader) -> tuple[Any, dict[str, Extent]]:
     known = type(keys) is list and all(type(key) is str and key in records for key in keys)
     need(known and len(keys) == len(set(keys)) == len(records), "the storage keys do not match")
     storages = {}
-    size = stamp_of(file)[0]
     for key in keys:
         record = records[key]
         file.seek(end)

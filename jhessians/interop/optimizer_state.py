@@ -283,7 +283,8 @@ def _read(
     if not isinstance(moment, LazyTensor) or moment.dtype.kind not in "fV":  # V: of ml_dtypes
         known = shown(", ".join(map(str, state))) or "nothing"
         raise CheckpointError(
-            f"{file} has no {key} of {parameter.name}, but {known}; expected the state of an "
+            f"{file} has no {key} of {parameter.name} as floating-point numbers, but {known}; "
+            "expected the state of an "
             "optimizer of Adam's or of transformers' Adafactor's kind"
         )
     return checked_moment(moment.read(), f"{key} of {parameter.name} in {file}")
