@@ -15,6 +15,7 @@ from jaxtyping import Shaped
 
 from jhessians.errors import CheckpointError, NumericsError, quoted, shown
 from jhessians.interop import torchfile
+from jhessians.interop.hold import MARK
 from jhessians.interop.layout import (
     DTYPES,
     INFLUENCE_RESULTS,
@@ -50,8 +51,8 @@ class FactorStore:
         shards: Number of shards of every kind.
 
     Raises:
-        CheckpointError: If there are no factors, or their numbers of shards differ, or files are
-            missing or have another size than the run's manifest says.
+        CheckpointError: If there are no factors, or the run isn't finished; if their numbers of
+            shards differ, or files are missing or have another size than the run's manifest says.
     """
 
     def __init__(self, root: str | Path, layout: Tree | None = None):
@@ -63,6 +64,11 @@ class FactorStore:
         elif self.root.name == INFLUENCE_RESULTS:
             trees = ["influence_results"]
         run = self.root.parent if self.root.name == INFLUENCE_RESULTS else self.root
+        if (run / MARK).exists():
+            raise CheckpointError(
+                f"{run} is what an unfinished run has written so far; expected a finished run's "
+                "directory"
+            )
         found = {tree: _folders(run, tree) for tree in trees}
         self.layout: Tree = next((tree for tree in trees if found[tree]), trees[0])
         # Also those of a tree that would have been read, were it there.

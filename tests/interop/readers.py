@@ -158,7 +158,7 @@ def write_torch_model(folder: Path) -> None:
 
 
 def read_model(folder: Path) -> None:
-    find(folder)
+    find(folder).obtain_weights()
     read_config(folder)
     for tensor in open_checkpoint(folder).tensors.values():
         tensor.read()

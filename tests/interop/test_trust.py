@@ -15,6 +15,7 @@ from jhessians.interop import torchfile
 from jhessians.interop.layout import KINDS, RUN_ID
 from jhessians.interop.load import FactorStore
 from jhessians.interop.manifest import MANIFEST, read_manifest
+from jhessians.interop.rundir import RunDirectory
 from jhessians.interop.safetensors_file import open_described
 from tests.interop.readers import READERS, SMALL, finish, read_factors, write_factors
 from tests.interop.synthetic import make_factors
@@ -24,8 +25,6 @@ FOLDER = "eigen_activation_sharded"
 
 def run(folder, layout="both"):
     """A finished run of two shards."""
-    from jhessians.interop.rundir import RunDirectory
-
     with RunDirectory(folder, command="compute") as part:
         write_factors(part, layout=layout)
     return folder
@@ -93,6 +92,13 @@ def test_whatever_is_missing_is_named(tmp_path):
     case("count", "total_processed.pt is missing", "total_processed.pt")
     case("older", "influence_results/.*shard_0.* is missing", "influence_results/*/shard_0*",
          layout="influence_results")  # fmt: skip
+
+
+def test_what_a_run_has_written_so_far_is_no_result(tmp_path):
+    with RunDirectory(tmp_path / "run", command="compute") as part:
+        write_factors(part)
+        refused(part, "run.part is what an unfinished run has written so far")
+    read_factors(tmp_path / "run")
 
 
 def test_the_older_tree_alone_is_compared_with_the_manifest_beside_it(tmp_path):
