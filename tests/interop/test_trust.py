@@ -1,5 +1,6 @@
 """A result is read as it was written, or not at all: files mixed, missing, damaged, or no files."""
 
+import json
 import os
 import shutil
 import socket
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from bergson.hessians.preconditioner import _load_full
 
+from converters.hub import find
+from converters.reader import open_checkpoint
 from jhessians.cli.main import main
 from jhessians.errors import CheckpointError, NumericsError, UserError
 from jhessians.influence.factors import load_factors
@@ -223,3 +226,17 @@ def test_no_reader_waits_for_what_is_no_file(tmp_path, monkeypatch, name, what):
         path.unlink()
         path.write_bytes(content)
     assert said
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "two\nlines", "a\0b"])
+def test_an_index_may_name_what_can_be_no_file(tmp_path, name):
+    READERS["sharded model"].write(tmp_path)
+    index = {"weight_map": {"wte.weight": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for read in (find(tmp_path).obtain_weights, lambda: open_checkpoint(tmp_path)):
+        try:
+            read()
+        except CheckpointError as error:
+            assert "is half downloaded" in str(error) and str(error).isprintable()
+    with pytest.raises(CheckpointError, match="is half downloaded"):
+        open_checkpoint(tmp_path)
