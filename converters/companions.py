@@ -23,6 +23,7 @@ from converters import registry
 from converters.hub import TOKENIZER_FILES, Source, tokenizer_of
 from converters.origin import LoadedModel
 from jhessians.errors import CheckpointError
+from jhessians.files import open_input
 
 WRITTEN = frozenset({"config.json", "flax_checkpoint.json", "parameters", "manifest.json"})
 """What we write ourselves, at the top of the folder."""
@@ -111,7 +112,7 @@ def _keep(source: Source, folder: Path, without: Collection[str]) -> None:
             lost.append(str(name))
             continue
         try:
-            file = (root / name).open("rb")
+            file = open_input(root / name)
         except OSError as error:
             raise _unreadable(error) from None
         with file:

@@ -29,6 +29,8 @@ from converters.origin import LoadedModel, whole
 from converters.reader import read_json
 from jhessians.devices.hosts import together
 from jhessians.errors import CheckpointError
+from jhessians.files import require_ordinary_files
+from jhessians.interop.manifest import check_files
 from jhessians.interop.rundir import RunDirectory, output_error
 from jhessians.models.decoder import Decoder
 from jhessians.version import __version__
@@ -142,7 +144,7 @@ def open_flax(folder: Path, model_type: str) -> FlaxCheckpoint:
     path = folder / FORMAT_FILE
     remedy = "convert or copy it again"
     for part in (path, folder / PARAMETERS / "_METADATA"):
-        if not part.is_file():
+        if not part.exists():
             raise CheckpointError(f"{folder} is half written: it has no {part.name}; {remedy}")
     header = read_json(path)
     if header.get("format") != FORMAT:
@@ -157,9 +159,11 @@ def open_flax(folder: Path, model_type: str) -> FlaxCheckpoint:
             f"{path} says {header.get('model_type')!r} where config.json says {model_type!r}; "
             f"expected one model; {remedy}"
         )
+    check_files(folder, lambda name: name == FORMAT_FILE or name.startswith(f"{PARAMETERS}/"))
     import orbax.checkpoint as ocp
 
     with orbax_noise.one_line(folder), ocp.StandardCheckpointer() as reader:
+        require_ordinary_files(folder / PARAMETERS)
         tree = reader.metadata((folder / PARAMETERS).absolute()).item_metadata.tree
         stored = traverse_util.flatten_dict(tree, sep=".")
         if any(np.dtype(each.dtype).kind not in "fV" for each in stored.values()):

@@ -4,12 +4,14 @@ Of a snapshot we take the files that we need, one after the other. An adapter's 
 its base model.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from converters.reader import WEIGHT_FILES, read_json, shard_index
 from jhessians.errors import CheckpointError
+from jhessians.files import require_ordinary
 
 ADAPTER_CONFIG = "adapter_config.json"
 """What tells a folder of peft's from one of transformers'."""
@@ -25,6 +27,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".tiktoken", ".vocab")
+"""What transformers may open with a tokenizer, whatever its class."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Source:
 
     def obtain(self, file: str) -> bool:
         """Whether the model has this file, which then lies in `folder`."""
-        if (self.folder / file).is_file():
+        if os.path.exists(self.folder / file):  # no error for names that can't be
             return True
         if self.repository is None or file not in self.files:
             return False
@@ -151,6 +155,12 @@ def tokenizer_of(source: Source) -> Any:
         return None
     from transformers import AutoTokenizer
 
+    try:
+        for path in source.folder.iterdir():
+            if path.suffix in TOKENIZER_SUFFIXES and path.exists():
+                require_ordinary(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from None
     try:
         return AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True)
     except Exception as error:  # transformers raises whatever a broken file leads to

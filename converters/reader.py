@@ -4,7 +4,7 @@ Names and shapes come from the files' headers; a tensor's bytes are read when it
 and nothing keeps them afterwards. Of a safetensors file any part of a tensor can be read.
 """
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Shaped
 
-from jhessians.errors import CheckpointError
+from jhessians.errors import CheckpointError, quoted, shown
+from jhessians.files import open_input
+from jhessians.files import read_json as read_any_json
 from jhessians.interop.safetensors_file import open_safetensors
 from jhessians.interop.torchfile import LazyTensor, open_torch_file
 
@@ -82,7 +84,7 @@ def open_checkpoint(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FIL
             LFS pointer, or two files hold a tensor of the same name.
     """
     folder = Path(folder)
-    name = next((name for name in weight_files if (folder / name).is_file()), None)
+    name = next((name for name in weight_files if (folder / name).exists()), None)
     if name is None:
         whole = [name for name in weight_files if not name.endswith(".index.json")]
         shards = ", or the index.json of either with its shards" if whole != [*weight_files] else ""
@@ -92,21 +94,21 @@ def open_checkpoint(folder: str | Path, weight_files: Sequence[str] = WEIGHT_FIL
     index = shard_index(folder / name)
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(index.values())):
-        if not (folder / file).is_file():
+        if not os.path.exists(folder / file):  # no error for names that can't be
             raise CheckpointError(
-                f"{folder} is half downloaded: {name} names {file}, which isn't there; "
+                f"{folder} is half downloaded: {name} names {shown(file)}, which isn't there; "
                 "download it again"
             )
         for tensor_name, tensor in _open_file(folder / file).items():
             if tensor_name in tensors:
                 raise CheckpointError(
-                    f"{tensor_name} is in {index.get(tensor_name, 'another file')} and again in "
-                    f"{file} of {folder}; expected one tensor per name"
+                    f"{shown(tensor_name)} is in {index.get(tensor_name, 'another file')} and "
+                    f"again in {file} of {folder}; expected one tensor per name"
                 )
             tensors[tensor_name] = tensor
     if lost := [tensor for tensor in index if tensor not in tensors]:
         raise CheckpointError(
-            f"{name} says that {lost[0]} is in {index[lost[0]]}, which doesn't hold it"
+            f"{name} says that {shown(lost[0])} is in {index[lost[0]]}, which doesn't hold it"
             f"{f' ({len(lost)} such tensors)' if len(lost) > 1 else ''}; download {folder} again"
         )
     return Checkpoint(folder, tensors)
@@ -123,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     _refuse_pointer(path)
     try:
-        value = json.loads(path.read_bytes())
+        value = read_any_json(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
@@ -147,7 +149,7 @@ def shard_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} has no weight_map; expected a table of tensor to file")
     for file in index.values():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{path} names the file {file!r}; expected one beside it")
+            raise CheckpointError(f"{path} names the file {quoted(file)}; expected one beside it")
     return index
 
 
@@ -161,14 +163,14 @@ def _open_file(path: Path) -> Mapping[str, StoredTensor]:
     for name, tensor in value.items():
         if not isinstance(name, str) or not isinstance(tensor, LazyTensor):
             raise CheckpointError(
-                f"{path} holds {name!r}, which isn't a tensor; expected only such"
+                f"{path} holds {quoted(name)}, which isn't a tensor; expected only such"
             )
     return value
 
 
 def _refuse_pointer(path: Path) -> None:
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             start = file.read(40)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None

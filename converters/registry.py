@@ -41,7 +41,7 @@ from converters.origin import Origin
 from converters.reader import read_json
 from converters.rules import Family, module_names
 from converters.settings import check_neutral
-from jhessians.errors import CheckpointError
+from jhessians.errors import CheckpointError, quoted, shown
 from jhessians.models.config import DecoderConfig
 from jhessians.models.decoder import Decoder
 
@@ -148,7 +148,7 @@ def read_config(folder: Path) -> Any:
             or transformers refuses it.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         hint = (
             "it is an adapter; give its base model"
             if (folder / "adapter_config.json").is_file()
@@ -186,9 +186,11 @@ def read_config(folder: Path) -> Any:
 
 
 def _family(model_type: Any, where: Any) -> Family:
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        word = isinstance(model_type, str | None)
+        given = shown(json.dumps(model_type)) if word else quoted(model_type)
         raise CheckpointError(
-            f"{where} has the model_type {json.dumps(model_type)}, which is not supported; "
+            f"{where} has the model_type {given}, which is not supported; "
             f"expected one of {', '.join(supported())}"
         )
     return _FAMILIES[model_type]

@@ -5,7 +5,11 @@ prints it and exits non-zero; a library caller catches `UserError` or one of its
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 120, 120
 
 
 class UserError(Exception):
@@ -44,3 +48,17 @@ def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     """`; did you mean ...?` for a near miss, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(prefix + each for each in close)}?" if close else ""
+
+
+def quoted(value: object) -> str:
+    """A value from a file in a message, as Python writes it, but the inside of what is long."""
+    try:
+        return shown(_BRIEF.repr(value))
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def shown(text: str, *, limit: int = 200) -> str:
+    """Words from a file in a message: short, on one line, and without control characters."""
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= limit else f"{text[:limit]}…"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from jhessians.commands.command import Command, Positional
 from jhessians.config.machine import ConsoleOptions
 from jhessians.config.option import option
 from jhessians.errors import CheckpointError, ConfigError
+from jhessians.files import parse_json, read_text
+from jhessians.interop.manifest import check_files
 
 SHOWN = "what is shown"
 
@@ -63,29 +64,40 @@ def top(config: TopConfig) -> str:
             f"give 0 to {len(columns) - 1}"
         )
     texts, best, worst = dict[int, str](), list[Ranked](), list[Ranked]()
-    for line in _lines(folder / "top.jsonl"):
-        if line["query"] == config.query:
-            texts[line["document"]] = line["text"]
-            fields = (line[name] for name in Ranked._fields)
-            place = Ranked(*fields)
-            (best if place.rank > 0 else worst).append(place)
-    lines = ranking_lines(columns[config.query]["text"], best[: config.n], worst[: config.n],
-                          texts.__getitem__)  # fmt: skip
+    places = _lines(folder / "top.jsonl")
+    try:
+        for line in places:
+            if line["query"] == config.query:
+                texts[line["document"]] = line["text"]
+                place = Ranked(*(line[name] for name in Ranked._fields))
+                (best if place.rank > 0 else worst).append(place)
+        lines = ranking_lines(columns[config.query]["text"], best[: config.n], worst[: config.n],
+                              texts.__getitem__)  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _damaged(folder) from None
     if config.n > len(best):
         lines.append(f"  {folder} lists {len(best)} documents at either end; --top K lists more")
     return "\n".join(lines)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
+    check_files(path.parent, {path.name}.__contains__)
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [parse_json(line) for line in read_text(path).splitlines()]
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path} ({error.strerror}); expected the folder of a finished run of "
             "jhessians score"
         ) from None
     except ValueError:
-        raise CheckpointError(f"{path} is damaged; make the scores again") from None
+        raise _damaged(path) from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise _damaged(path)
+    return lines
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged; make the scores again")
 
 
 DESCRIPTION = """\

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jhessians.errors import ConfigError
+from jhessians.files import read_json
 
 VERSION = 1
 """Of what is saved: states of another version can't be read."""
@@ -56,7 +57,7 @@ class Fingerprint:
         for name, value in options.items():
             allowed = [self.options.get(name), self.settled.get(name, self.options.get(name))]
             if name not in NOT_NUMBERS | BY_CONTENT and value not in allowed:
-                return f"--{name} is {value!r} and was {allowed[0]!r}"
+                return f"`{name}` is {value!r} and was {allowed[0]!r}"
         return None
 
     def changed(self, contents: Mapping[str, str]) -> str | None:
@@ -83,8 +84,8 @@ class Fingerprint:
             ConfigError: If it can't be read, or is of another version.
         """
         try:
-            found = cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError):
+            found = cls(**read_json(path))
+        except (OSError, ValueError, TypeError):
             raise ConfigError(
                 f"{path} can't be read, so that the unfinished run can't be continued; pass "
                 "`overwrite` instead of `resume` to begin anew"

@@ -17,6 +17,7 @@ from typing import Any
 
 from jhessians.config.option import Option
 from jhessians.errors import ConfigError
+from jhessians.files import read_yaml
 from jhessians.interop.layout import INFLUENCE_RESULTS
 from jhessians.version import __version__
 
@@ -84,8 +85,6 @@ def read_options(path: str | Path, command: str = "compute") -> dict[str, Any]:
     Raises:
         ConfigError: If the file is missing, is no YAML or was not written by jhessians.
     """
-    import yaml
-
     path = Path(path)
     if path.is_dir():
         # A run that wrote the older tree alone has its options in config.json, which is YAML too.
@@ -93,10 +92,14 @@ def read_options(path: str | Path, command: str = "compute") -> dict[str, Any]:
         path = path / CONFIG_FILE
         path = older if older.exists() and not path.exists() else path
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give a run's config.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; give a run's config.yaml"
+        ) from None
+    except ValueError:
         raise ConfigError(f"{path} is not YAML; give a run's config.yaml") from None
     ours = document.get("jhessians") if isinstance(document, dict) else None
     options = ours.get(command) if isinstance(ours, dict) else None

@@ -5,6 +5,7 @@ larger than memory can be opened. Whatever exception it raises becomes an error 
 """
 
 import difflib
+import glob
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jhessians.errors import ConfigError, DatasetError
+from jhessians.files import require_ordinary, require_ordinary_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -67,6 +69,7 @@ def open_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     from datasets import load_dataset, load_from_disk
 
     try:
+        _require_ordinary(path)
         if is_saved:
             rows = _select_split(load_from_disk(str(path)), split)
         elif reader is not None:
@@ -81,6 +84,18 @@ def open_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     return rows
 
 
+def _require_ordinary(path: Path) -> None:
+    """Check that reading a data set's files can't wait for ever; a pattern may name them.
+
+    Raises:
+        OSError: If one is a FIFO, a socket or a device.
+    """
+    for each in [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True)):
+        require_ordinary(each)
+        if each.is_dir():
+            require_ordinary_files(each)
+
+
 def _no_rows(dataset: str, split: str) -> DatasetError:
     return DatasetError(f"split {split!r} of the data set {dataset!r} holds no rows")
 
@@ -88,6 +103,12 @@ def _no_rows(dataset: str, split: str) -> DatasetError:
 def _refuse_other_files(dataset: str, path: Path) -> None:
     """Refuse names that can only mean a file, instead of asking the Hub for them."""
     if path.exists():
+        try:
+            require_ordinary(path)
+        except OSError as error:
+            raise DatasetError(
+                f"the data set {dataset!r} can't be read: {error.strerror}"
+            ) from None
         raise DatasetError(
             f"{dataset!r}: cannot tell the format of a file ending in {path.suffix!r}; "
             f"give one of {', '.join(FILE_READERS)}"

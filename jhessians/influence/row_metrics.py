@@ -20,6 +20,7 @@ from jhessians.folds.row_scores import JointRows, RowQueries, RowScores, RowSelf
 from jhessians.folds.rows import GradientRows
 from jhessians.influence.curvature import FactorSource, Inverse
 from jhessians.influence.metric import JOINT, Metric, Target, WholeGradients, members_of
+from jhessians.interop.processor_files import require_finite
 from jhessians.linalg.inverse import inverse_multiplier
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
@@ -174,6 +175,7 @@ def _inverted(
             f"the Hessian of {name} has shape {list(matrix.shape)}; this model's rows have {size} "
             "numbers: expected the Hessian of the same model and projection"
         )
+    require_finite(matrix, f"the Hessian of {name}")
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     with jax.enable_x64(True):
         multiplier = np.asarray(

@@ -13,7 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jhessians.errors import CheckpointError, OutputError
+from jhessians.errors import CheckpointError, OutputError, quoted, shown
+from jhessians.files import read_json, require_ordinary
+from jhessians.interop.vector_file import read_vector
 
 INFO, SCORES, OFFSETS, CANDIDATES = "info.json", "scores.bin", "offsets.npy", "candidates.npy"
 
@@ -136,22 +138,31 @@ def check_same(folder: Path, info: Mapping[str, Any], extras: Mapping[str, np.nd
 
 
 def check_size(path: Path, expected: int) -> None:
-    size = path.stat().st_size if path.is_file() else None
-    if size is None or size < expected:
-        found = "is missing" if size is None else f"has {size} bytes"
-        raise CheckpointError(f"{path} {found}; expected {expected} bytes; {REMEDY}")
+    try:
+        size = require_ordinary(path).st_size
+    except FileNotFoundError:
+        found = "is missing"
+    except OSError as error:
+        found = f"can't be read: {error.strerror}"
+    else:
+        found = f"has {size} bytes"
+        if size >= expected:
+            return
+    raise CheckpointError(f"{path} {found}; expected {expected} bytes; {REMEDY}")
 
 
 def read_info(folder: Path) -> dict[str, Any]:
     path = folder / INFO
     try:
-        info = json.loads(path.read_text())
+        info = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {INFO}; expected a folder of scores; give the one that was written"
         ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {REMEDY}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; {REMEDY}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} isn't JSON: {shown(str(error))}; {REMEDY}") from None
     if not isinstance(info, dict):
         raise CheckpointError(f"{path} holds no object; expected what bergson writes; {REMEDY}")
     return info
@@ -166,25 +177,43 @@ def read_layout(layout: Mapping[str, Any], queries: int) -> tuple[np.dtype, int,
     Raises:
         ValueError: If its fields are no pairs of one dtype at one stride.
         KeyError: If the dtype is unknown or something is missing.
+        TypeError: If something is of another type.
     """
-    dtype = _DTYPES[layout["formats"][0]]
-    itemsize, offsets = int(layout["itemsize"]), layout["offsets"]
+    formats, offsets, itemsize = (layout[name] for name in ("formats", "offsets", "itemsize"))
+    if not len(formats) == len(offsets) == 2 * queries or not all(map(_is_whole, offsets)):
+        raise ValueError(f"not {2 * queries} fields")
+    dtype = _DTYPES[formats[0]]
     pair = offsets[2] - offsets[0] if queries > 1 else itemsize
     expected = [i * pair + at for i in range(queries) for at in (0, dtype.itemsize)]
-    formats = [layout["formats"][0], "bool"] * queries
-    if layout["formats"] != formats or offsets != expected or itemsize <= expected[-1]:
+    fitting = pair > dtype.itemsize and count_of(layout, "itemsize") > expected[-1]
+    if formats != [formats[0], "bool"] * queries or offsets != expected or not fitting:
         raise ValueError("fields that are no pairs of a score and a flag")
     return dtype, pair, itemsize
 
 
+def count_of(table: Mapping[str, Any], name: str) -> int:
+    """A positive number of a table.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: If it is something else.
+        KeyError: If it is missing.
+    """
+    if not _is_whole(table[name]) or table[name] < 1:
+        raise ValueError(f"{name} {quoted(table[name])}")
+    return int(table[name])
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
 def read_array(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {REMEDY}") from None
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise CheckpointError(
-            f"{path} holds {array.dtype} of shape {array.shape}; expected whole numbers, a vector; "
-            f"{REMEDY}"
-        )
-    return array
+        return read_vector(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; {REMEDY}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; {REMEDY}") from None

@@ -12,12 +12,14 @@ References:
 import os
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jhessians.errors import CheckpointError
+from jhessians.files import open_input
 from jhessians.interop import _safe_pickle
 from jhessians.interop._torch_records import RefusedPickleError, StorageRecord, need, quoted
 
@@ -26,15 +28,17 @@ _MAX_TAIL_BYTES = 2**17  # zipfile reads the end of the file so: a record and a 
 _LOCAL_HEADER_BYTES = 30
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
+CHANGED = "it is damaged: its content has another checksum (CRC-32) than its directory says"
 _CONVERT = "load it with torch and save its state_dict again"
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A range of the file, in bytes."""
+    """A range of the file, in bytes, and the CRC-32 that a zip directory says it has."""
 
     start: int
     nbytes: int
+    crc: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +74,15 @@ def open_container(path: Path) -> TorchContainer:
         CheckpointError: The file is missing, damaged, hostile, or not of these formats.
     """
     try:
-        if not path.is_file():
-            raise checkpoint_error(path, "no such file" if not path.exists() else "not a file")
-        with path.open("rb") as file:
+        with open_input(path) as file:
             start = file.read(4)
             need(bool(start), "the file is empty")
             value, storages = (_read_zip if start[:2] == b"PK" else _read_legacy)(file)
             return TorchContainer(value, storages, stamp_of(file))
-    except (OSError, ValueError, MemoryError) as error:  # RefusedPickleError is a ValueError
-        raise checkpoint_error(path, error or "does not fit in memory") from None
+    except OSError as error:
+        raise checkpoint_error(path, error.strerror) from None
+    except (ValueError, MemoryError) as error:  # RefusedPickleError is a ValueError
+        raise checkpoint_error(path, str(error) or "does not fit in memory") from None
 
 
 class _BoundedFile:
@@ -118,6 +122,8 @@ def _zip_members(file: BufferedReader) -> tuple[dict[str, zipfile.ZipInfo], int]
 def _zip_extents(file: BufferedReader) -> dict[str, Extent]:
     """The range of bytes of each member, checked to be in the file and not to overlap."""
     members, end = _zip_members(file)
+    # torch can be told to leave all checksums at zero.
+    checked = any(member.CRC for member in members.values())
     extents: dict[str, Extent] = {}
     for member in sorted(members.values(), key=lambda member: member.header_offset, reverse=True):
         need(member.header_offset >= 0, "zip member {} begins before the file", member.filename)
@@ -129,7 +135,8 @@ def _zip_extents(file: BufferedReader) -> dict[str, Extent]:
         start = member.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
         fits = start + member.file_size <= end
         need(fits, "zip member {} overlaps what follows it", member.filename)
-        extents[member.filename] = Extent(start, member.file_size)
+        crc = member.CRC if checked else None
+        extents[member.filename] = Extent(start, member.file_size, crc)
         end = member.header_offset
     return extents
 
@@ -139,6 +146,7 @@ def _read_extent(file: BufferedReader, extent: Extent, limit: int) -> bytes:
     file.seek(extent.start)
     found = file.read(extent.nbytes)
     need(len(found) == extent.nbytes, "the file ends early")
+    need(extent.crc in (None, zlib.crc32(found)), CHANGED)
     return found
 
 
@@ -172,7 +180,8 @@ def _check_size(record: StorageRecord, nbytes: int) -> None:
 
 def _read_legacy(file: BufferedReader) -> tuple[Any, dict[str, Extent]]:
     file.seek(0)
-    head = file.read(_safe_pickle.MAX_PROGRAM_BYTES)
+    size = stamp_of(file)[0]
+    head = file.read(min(size, _safe_pickle.MAX_PROGRAM_BYTES))  # makes room for all it may read
     is_pickle = head[:3] == b"\x80\x02\x8a"
     need(is_pickle, f"not a file of torch.save, neither zip nor legacy; {_CONVERT}")
     magic, end, _ = _safe_pickle.run(head)
@@ -187,7 +196,6 @@ def _read_legacy(file: BufferedReader) -> tuple[Any, dict[str, Extent]]:
     known = type(keys) is list and all(type(key) is str and key in records for key in keys)
     need(known and len(keys) == len(set(keys)) == len(records), "the storage keys do not match")
     storages = {}
-    size = stamp_of(file)[0]
     for key in keys:
         record = records[key]
         file.seek(end)

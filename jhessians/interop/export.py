@@ -17,6 +17,7 @@ import yaml
 
 from jhessians.errors import OutputError
 from jhessians.interop import torchfile
+from jhessians.interop.hold import marked_run_id
 from jhessians.interop.layout import (
     HESSIAN_CFG_KEYS,
     INDEX_CFG_KEYS,
@@ -102,8 +103,9 @@ class Destination:
             OutputError: If the disk is full, read-only or not ours.
         """
         write = partial(
-            write_sharded, shards=self.shards, dtype=self.dtype, among=among, fresh=fresh
-        )
+            write_sharded, shards=self.shards, dtype=self.dtype, among=among, fresh=fresh,
+            run_id=marked_run_id(self.root),
+        )  # fmt: skip
         written = None
         if self.layout != "influence_results":
             written = kind_folder(self.root, kind, "bergson")

@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from jhessians.errors import CheckpointError
+from jhessians.errors import CheckpointError, quoted
+from jhessians.files import read_json
+from jhessians.interop.manifest import check_files
 from jhessians.interop.row_file import DTYPES, RowFile, map_rows
+from jhessians.interop.vector_file import read_vector
 
 INFO_FILE = "info.json"
 GRADIENTS_FILE = "gradients.bin"
@@ -44,11 +47,13 @@ class GradientStore:
         matrix: All of it, [row, column].
 
     Raises:
-        CheckpointError: If a file is missing, damaged or of the wrong size.
+        CheckpointError: If a file is missing or damaged, or has another size than the other files
+            or the manifest say.
     """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
+        check_files(self.root, {INFO_FILE, GRADIENTS_FILE, OFFSETS_FILE}.__contains__)
         info = _read_info(self.root)
         self.sizes: dict[str, int] = info["grad_sizes"]
         self.rows: int = info["num_grads"]
@@ -168,7 +173,7 @@ def store_bytes(width: int, dtype: np.dtype, rows: int) -> int:
 def _read_info(root: Path) -> dict[str, Any]:
     file = root / INFO_FILE
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
+        info = read_json(file)
     except FileNotFoundError:
         raise CheckpointError(
             f"{root} has no {INFO_FILE}; expected the folder of a gradient store: give another, or "
@@ -189,14 +194,14 @@ def _read_info(root: Path) -> dict[str, Any]:
         )
     if not _is_count(rows):
         raise CheckpointError(
-            f"{file} says `num_grads` is {rows!r}; expected how many rows there are: restore it or "
-            "build the store again"
+            f"{file} says `num_grads` is {quoted(rows)}; expected how many rows there are: "
+            "restore it or build the store again"
         )
     return info
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return type(value) is int and 0 < value < 2**62
 
 
 def _dtype_of(root: Path, info: Mapping[str, Any]) -> np.dtype:
@@ -206,27 +211,30 @@ def _dtype_of(root: Path, info: Mapping[str, Any]) -> np.dtype:
         try:
             field = np.dtype(with_fields["formats"][0])  # type: ignore[index]
             name = field.base.name
-        except (TypeError, KeyError, IndexError, ValueError):
+        except Exception:  # numpy raises whatever the words lead to
             name = None
     if not isinstance(name, str) or name not in DTYPES:
         raise CheckpointError(
-            f"{root / INFO_FILE} says `base_dtype` is {name!r}; expected one of {', '.join(DTYPES)}"
+            f"{root / INFO_FILE} says `base_dtype` is {quoted(name)}; expected one of "
+            f"{', '.join(DTYPES)}"
         )
     return DTYPES[name]
 
 
 def _read_offsets(file: Path, rows: int) -> Int[np.ndarray, " bound"]:
     try:
-        offsets = np.load(file, allow_pickle=False)
+        offsets = read_vector(file)
     except OSError as error:
         raise CheckpointError(
             f"cannot read {file} ({error.strerror}), which says whose rows are whose; restore it "
             "or build the store again"
         ) from None
-    except (ValueError, EOFError):
-        raise CheckpointError(f"{file} is damaged; restore it or build the store again") from None
-    valid = offsets.ndim == 1 and offsets.size and np.issubdtype(offsets.dtype, np.integer)
-    if not valid or offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any():
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged: {error}; restore it or build the store again"
+        ) from None
+    ends = offsets[[0, -1]].tolist() if offsets.size else []
+    if ends != [0, rows] or (offsets[1:] < offsets[:-1]).any():
         raise CheckpointError(
             f"{file} doesn't divide {rows:,} rows among documents; restore it or build the store "
             "again"

@@ -105,6 +105,14 @@ class Hold:
                 return
 
 
+def marked_run_id(folder: Path) -> str | None:
+    """The run that a folder's mark names; None without a mark, as outside of a run."""
+    try:
+        return Holder(**json.loads((folder / MARK).read_text(encoding="utf-8"))).run_id
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def remove_leftover(folder: Path) -> None:
     """Delete what a dead run of ours left behind; nothing else.
 

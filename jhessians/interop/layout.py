@@ -25,6 +25,9 @@ Layout = Literal["both", "bergson", "influence_results"]
 INFLUENCE_RESULTS = "influence_results"
 """Folder of the older tree's shards, relative to the run directory."""
 
+RUN_ID = "run_id"
+"""Name of the run's id in a shard's metadata; its manifest has the same."""
+
 TOTAL_FILE = "total_processed.pt"
 OLDER_TOTAL_LAMBDA_FILE = "total_processed_lambda.pt"
 

@@ -1,27 +1,34 @@
 """Read factors back, from either tree and any number of shards, with numpy only.
 
 A store looks at the headers once and reads a tensor when it is asked for. What does not add
-up — a missing shard, shards that hold different modules, rows that don't fit — is an error.
+up — a missing shard, shards that hold different modules or are of different runs, rows that don't
+fit, numbers that aren't finite — is an error. What bergson wrote names no run and has no manifest,
+so that less can be checked.
 """
 
 import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Shaped
 
-from jhessians.errors import CheckpointError
+from jhessians.errors import CheckpointError, NumericsError, quoted, shown
 from jhessians.interop import torchfile
+from jhessians.interop.hold import MARK
 from jhessians.interop.layout import (
+    DTYPES,
     INFLUENCE_RESULTS,
     KINDS,
+    RUN_ID,
     TOTAL_FILE,
     Tree,
     kind_folder,
     shard_bounds,
     shard_name,
 )
-from jhessians.interop.safetensors_file import SafetensorsTensor, open_safetensors
+from jhessians.interop.manifest import check_files
+from jhessians.interop.safetensors_file import SafetensorsTensor, open_described
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -44,7 +51,8 @@ class FactorStore:
         shards: Number of shards of every kind.
 
     Raises:
-        CheckpointError: If there are no factors, or their numbers of shards differ.
+        CheckpointError: If there are no factors, or the run isn't finished; if their numbers of
+            shards differ, or files are missing or have another size than the run's manifest says.
     """
 
     def __init__(self, root: str | Path, layout: Tree | None = None):
@@ -55,8 +63,20 @@ class FactorStore:
             trees = [layout]
         elif self.root.name == INFLUENCE_RESULTS:
             trees = ["influence_results"]
-        found = {tree: _folders(self.root, tree) for tree in trees}
+        run = self.root.parent if self.root.name == INFLUENCE_RESULTS else self.root
+        if (run / MARK).exists():
+            raise CheckpointError(
+                f"{run} is what an unfinished run has written so far; expected a finished run's "
+                "directory"
+            )
+        found = {tree: _folders(run, tree) for tree in trees}
         self.layout: Tree = next((tree for tree in trees if found[tree]), trees[0])
+        # Also those of a tree that would have been read, were it there.
+        manifest = check_files(run, _files_of(trees[: trees.index(self.layout) + 1]))
+        # The run of all shards, and what says so; None until something does.
+        self._run: tuple[str | None, str] | None = None
+        if manifest is not None:
+            self._run = (manifest.run_id, "the manifest")
         if not found[self.layout]:
             raise CheckpointError(
                 f"{self.root} holds no factors; expected folders such as "
@@ -100,9 +120,17 @@ class FactorStore:
             CheckpointError: If `total_processed.pt` is missing or is no count.
         """
         path = next(iter(self._folders.values())).parent / TOTAL_FILE
-        if not path.is_file():
+        if not path.exists():
             raise CheckpointError(f"{path} is missing; expected a saved count; export again")
-        return int(np.asarray(torchfile.load(path)))
+        count = torchfile.load(path)
+        if isinstance(count, np.ndarray) and count.size == 1:
+            count = count.item()
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 2**63:
+            raise CheckpointError(
+                f"{path} holds {quoted(count)}; expected a count of at least 1; get a whole "
+                "copy of it or make it again"
+            )
+        return count
 
     def shapes(self, kind: str) -> Shapes:
         """Module name → full shape, read from the shards' headers and checked.
@@ -129,15 +157,16 @@ class FactorStore:
         Raises:
             KeyError: If the store has no such kind or module.
             CheckpointError: If a file is damaged or the shards do not add up.
+            NumericsError: If a value is NaN or infinite.
         """
         parts = [part[module] for part in self._opened(kind)]
         shape = _full_shape(self._folders[kind], kind, module, [part.shape for part in parts])
         if len(parts) == 1 or KINDS[kind].replicated:
-            return parts[0].read()
+            return _finite(parts[0], module)
         whole = np.empty(shape, parts[0].dtype)
         row = 0
         for part in parts:
-            whole[row : row + part.shape[0]] = part.read()
+            whole[row : row + part.shape[0]] = _finite(part, module)
             row += part.shape[0]
         return whole
 
@@ -145,20 +174,66 @@ class FactorStore:
         """Every shard's tensors, which are all of the same modules; none of them read yet."""
         if kind not in self._parts:
             folder = self._folders[kind]
-            parts = [open_safetensors(folder / shard_name(n)) for n in range(self.shards)]
-            for number, part in enumerate(parts):
-                if odd := sorted(set(part) ^ set(parts[0])):
+            parts: list[dict[str, SafetensorsTensor]] = []
+            for number in range(self.shards):
+                path = folder / shard_name(number)
+                part, metadata = open_described(path)
+                self._require_same_run(path, metadata.get(RUN_ID))
+                if odd := sorted(set(part) ^ set(parts[0] if parts else part)):
                     raise CheckpointError(
                         f"{folder}: shards 0 and {number} hold different modules; expected the "
                         f"same, not {_some(odd)} in one only; export again"
                     )
+                _require_one_format(path, part, parts[0] if parts else part)
+                parts.append(part)
             self._parts[kind] = parts
         return self._parts[kind]
 
+    def _require_same_run(self, path: Path, run_id: str | None) -> None:
+        self._run = self._run or (run_id, path.name)
+        expected, source = self._run
+        if run_id != expected:
+            names = [f"of run {shown(each)}" if each else "of no known run"
+                     for each in (run_id, expected)]  # fmt: skip
+            raise CheckpointError(
+                f"{path} is {names[0]}, but {source} is {names[1]}; expected the files of one run: "
+                "get a whole copy of it"
+            )
+
+
+def _finite(part: SafetensorsTensor, module: str) -> np.ndarray:
+    """A shard's rows of a module, if all are finite."""
+    rows = part.read()
+    if not np.isfinite(rows).all():
+        raise NumericsError(
+            f"{part.path}: {module} holds NaN or infinity; expected finite numbers; get a whole "
+            "copy of it or compute it again"
+        )
+    return rows
+
+
+def _require_one_format(
+    path: Path, part: dict[str, SafetensorsTensor], first: dict[str, SafetensorsTensor]
+) -> None:
+    """Check that a shard's numbers are of a format of factors, and the same as the first one's."""
+    known = [dtype for _, dtype in DTYPES.values()]
+    for module, tensor in part.items():
+        if tensor.dtype not in known or tensor.dtype != first[module].dtype:
+            raise CheckpointError(
+                f"{path}: {shown(module)} is stored in {tensor.dtype.name}, in shard 0 in "
+                f"{first[module].dtype.name}; expected one of {', '.join(DTYPES)}, the same in all "
+                "shards; get a whole copy of it"
+            )
+
+
+def _files_of(trees: Iterable[Tree]) -> Callable[[str], bool]:
+    """Tells a factor's file by its path below the run's folder."""
+    folders = {kind_folder(Path(), kind, tree) for tree in trees for kind in KINDS} - {None}
+    beside = {folder.parent / TOTAL_FILE for folder in folders if folder}
+    return lambda name: Path(name).parent in folders or Path(name) in beside
+
 
 def _folders(root: Path, tree: Tree) -> dict[str, Path]:
-    if tree == "influence_results" and root.name == INFLUENCE_RESULTS:
-        root = root.parent
     folders = {kind: kind_folder(root, kind, tree) for kind in KINDS}
     return {kind: folder for kind, folder in folders.items() if folder and folder.is_dir()}
 
@@ -199,4 +274,4 @@ def _full_shape(
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    return ", ".join(map(shown, names[:3])) + (" …" if len(names) > 3 else "")

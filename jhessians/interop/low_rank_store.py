@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jhessians.errors import CheckpointError
+from jhessians.files import read_json
+from jhessians.interop.manifest import check_files
 from jhessians.interop.row_file import DTYPES, RowFile, map_rows
 
 LOW_RANK_INFO_FILE = "low_rank.json"
@@ -40,11 +42,13 @@ class LowRankStore:
         matrix: All of it, [row, column].
 
     Raises:
-        CheckpointError: If a file is missing, damaged or of the wrong size.
+        CheckpointError: If a file is missing or damaged, or has another size than the other file
+            or the manifest says.
     """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
+        check_files(self.root, {LOW_RANK_INFO_FILE, LOW_RANK_FILE}.__contains__)
         info = _read_info(self.root / LOW_RANK_INFO_FILE)
         self.rank: int = info["rank"]
         self.rows: int = info["num_items"]
@@ -112,7 +116,7 @@ def write_low_rank(root: Path, shapes: Shapes, rank: int, dtype: np.dtype, rows:
 
 def _read_info(file: Path) -> dict[str, Any]:
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
+        info = read_json(file)
     except OSError as error:
         raise CheckpointError(
             f"cannot read {file} ({error.strerror}); expected the folder of a low-rank store"
@@ -131,7 +135,7 @@ def _is_valid(info: dict[str, Any]) -> bool:
     shapes = info.get("shapes")
     return (
         all(_is_count(info.get(name)) for name in ("rank", "num_items"))
-        and info.get("base_dtype") in DTYPES
+        and info.get("base_dtype") in list(DTYPES)
         and isinstance(shapes, dict)
         and bool(shapes)
         and all(
@@ -142,4 +146,4 @@ def _is_valid(info: dict[str, Any]) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return type(value) is int and 0 < value < 2**62

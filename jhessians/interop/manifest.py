@@ -10,13 +10,15 @@ Only a folder with a manifest is ever replaced. `jhessians verify` compares size
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jhessians.errors import CheckpointError
+from jhessians.errors import CheckpointError, quoted, shown
+from jhessians.files import open_input, read_json, require_ordinary
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "jhessians", 1
@@ -71,7 +73,7 @@ def write_manifest(
     files: dict[str, Entry] = {}
     known: dict[tuple[int, int], str] = {}  # hard links to one file are read once
     for path in sorted(_files(folder)):
-        with path.open("rb") as file:
+        with open_input(path) as file:
             status = os.fstat(file.fileno())
             key = (status.st_dev, status.st_ino)
             if key not in known:
@@ -105,23 +107,49 @@ def read_manifest(folder: Path) -> Manifest | None:
         CheckpointError: If there is one that can't be read, or is of a later version.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        return None
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
         if document["format"] != FORMAT:
-            raise ValueError(f"its format is {document['format']!r}")
-        if document["version"] > VERSION:
-            raise ValueError(f"its version {document['version']} is later than {VERSION}")
-        files = {str(name): Entry(int(each["size"]), str(each["sha256"]))
-                 for name, each in document["files"].items()}  # fmt: skip
-        inputs = {str(name): str(each) for name, each in document.get("inputs", {}).items()}
-        return Manifest(str(document["run_id"]), str(document["command"]), files, inputs)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"its format is {quoted(document['format'])}")
+        if not _is_count(document["version"]) or document["version"] > VERSION:
+            found = quoted(document["version"])
+            raise ValueError(f"its version {found} is not 1 to {VERSION}")
+        files = {_inside(name): _entry(each) for name, each in document["files"].items()}
+        inputs = {_word(name): _word(each) for name, each in document.get("inputs", {}).items()}
+        return Manifest(_word(document["run_id"]), _word(document["command"]), files, inputs)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else shown(str(error))
         raise CheckpointError(
-            f"{path} is no manifest of jhessians: {error or type(error).__name__}; compute the "
+            f"{path} is no manifest of jhessians: {reason or type(error).__name__}; compute the "
             "result again or get a whole copy"
         ) from None
+
+
+def check_files(folder: Path, used: Callable[[str], bool]) -> Manifest | None:
+    """Compare the sizes of files that a reader is about to use with the result's manifest.
+
+    Args:
+        folder: Of the result.
+        used: Which files these are, by their paths below the folder.
+
+    Returns:
+        The manifest; None if there is none, as in what bergson wrote.
+
+    Raises:
+        CheckpointError: If a file is missing or has another size, or the manifest can't be read.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    for name, entry in manifest.files.items():
+        if used(name) and (problem := _misfit(folder / name, name, entry)):
+            raise CheckpointError(
+                f"{folder} is not what {shown(manifest.command)} wrote: {problem}; get a whole "
+                "copy or make it again"
+            )
+    return manifest
 
 
 def problems(folder: Path, manifest: Manifest, *, deep: bool) -> Iterator[str]:
@@ -136,19 +164,31 @@ def problems(folder: Path, manifest: Manifest, *, deep: bool) -> Iterator[str]:
         A line for every file that is missing, of another size or of other content, or that doesn't
         belong to it.
     """
-    found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     for name, entry in manifest.files.items():
-        path = found.pop(name, None)
-        if path is None:
-            yield f"{name} is missing"
-            continue
-        size = path.stat().st_size
-        if size != entry.size:
-            yield f"{name} has {size:,} bytes; expected {entry.size:,}"
-        elif deep and _sha256(path) != entry.sha256:
-            yield f"{name} has changed: its SHA-256 is not that of the manifest"
-    for name in found:
-        yield f"{name} isn't part of the result"
+        path = folder / name
+        if problem := _misfit(path, name, entry):
+            yield problem
+        elif deep and (problem := _other_content(path, name, entry)):
+            yield problem
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in manifest.files:
+            yield f"{shown(name)} isn't part of the result"
+
+
+def _misfit(path: Path, name: str, entry: Entry) -> str | None:
+    """What is wrong with a file that can be seen without reading it; None if nothing is."""
+    try:
+        status = require_ordinary(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{shown(name)} is missing"
+    except OSError as error:
+        return f"{shown(name)} cannot be read: {error.strerror}"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{shown(name)} is a folder; expected a file"
+    if status.st_size != entry.size:
+        return f"{shown(name)} has {status.st_size:,} bytes; expected {entry.size:,}"
+    return None
 
 
 def sync_folder(folder: Path) -> None:
@@ -172,9 +212,37 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(place))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _entry(value: Any) -> Entry:
+    if not _is_count(value["size"]):
+        raise ValueError(f"the size {quoted(value['size'])} is none")
+    return Entry(value["size"], _word(value["sha256"]))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{quoted(value)} is no word")
+    return value
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(f"the file {shown(name)} isn't inside of the result")
+    return name
+
+
+def _other_content(path: Path, name: str, entry: Entry) -> str | None:
+    try:
+        with open_input(path) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256:
+                return None
+    except OSError as error:
+        return f"{shown(name)} cannot be read: {error.strerror}"
+    return f"{shown(name)} has changed: its SHA-256 is not that of the manifest"
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from jhessians.capture.linears import tapped_modules
 from jhessians.errors import CheckpointError
+from jhessians.files import require_ordinary_files
 from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.interop.moments import checked_moment
 
@@ -60,6 +61,7 @@ def read_optax_state(
         )
     reader = ocp.PyTreeCheckpointer()
     try:
+        require_ordinary_files(folder)
         tree = reader.metadata(folder).item_metadata.tree
         wanted = jax.tree_util.tree_map_with_path(
             lambda keys, leaf: leaf if _names(keys) & set(_MOMENTS) else ocp.PLACEHOLDER, tree

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from jhessians.errors import CheckpointError
+from jhessians.errors import CheckpointError, shown
 from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.interop.moments import checked_moment
 from jhessians.interop.optax_state import is_orbax, read_optax_state
@@ -122,16 +122,26 @@ def _parts(file: Path, content: Any) -> tuple[Mapping[Any, Any], list[Mapping[st
     states = content.get("state") if isinstance(content, dict) else None
     groups = content.get("param_groups") if isinstance(content, dict) else None
     fine = isinstance(states, dict) and all(isinstance(s, dict) for s in states.values())
-    fine &= isinstance(groups, list) and all(
-        isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups
-    )
+    fine &= isinstance(groups, list) and all(map(_is_group, groups))
     if not fine or not states:
-        what = "an empty state" if fine else "no state and param_groups"
+        what = "an empty state" if fine else "no state and param_groups of the usual form"
         raise CheckpointError(
             f"{file} has {what}; expected what a torch optimizer's state_dict() gives after a step"
         )
     assert isinstance(states, dict) and isinstance(groups, list)
     return states, groups
+
+
+def _is_group(group: Any) -> bool:
+    """Whether it lists the numbers (or names) of parameters, and perhaps their names."""
+    numbers = group.get("params") if isinstance(group, dict) else None
+    names = group.get("param_names") if isinstance(group, dict) else None
+    return (
+        isinstance(numbers, list)
+        and all(isinstance(each, int | str) for each in numbers)
+        and (names is None or isinstance(names, list | tuple))
+        and all(isinstance(each, str) for each in names or ())
+    )
 
 
 def _by_name(
@@ -179,6 +189,8 @@ def _names_by_index(
 ) -> dict[Any, Any]:
     """The parameter's name for each of torch's numbers."""
     indices = [index for group in groups for index in group["params"]]
+    if len(set(indices)) < len(indices):
+        raise CheckpointError(f"{file} has a parameter twice in its param_groups; expected it once")
     given = [name for group in groups for name in group.get("param_names") or ()]
     if len(given) == len(indices):
         return dict(zip(indices, given, strict=True))
@@ -256,6 +268,11 @@ def _unfactored(
             f"{file} is the state of an 8-bit optimizer (bitsandbytes), whose second moments are "
             "codes; give one of 32 bits, or estimate them from the data (`normalizer` adam)"
         )
+    if isinstance(moment, LazyTensor) and moment.shape != parameter.shape:
+        raise CheckpointError(
+            f"{file}: state2 of {parameter.name} has shape {moment.shape}; expected "
+            f"{parameter.shape}: give the optimizer of this very model"
+        )
     return _read(file, parameter, quantised, "state2")
 
 
@@ -263,10 +280,11 @@ def _read(
     file: Path, parameter: Parameter, state: Mapping[str, Any], key: str
 ) -> Float[np.ndarray, "..."]:
     moment = state.get(key)
-    if not isinstance(moment, LazyTensor):
-        known = ", ".join(map(str, state)) or "nothing"
+    if not isinstance(moment, LazyTensor) or moment.dtype.kind not in "fV":  # V: of ml_dtypes
+        known = shown(", ".join(map(str, state))) or "nothing"
         raise CheckpointError(
-            f"{file} has no {key} of {parameter.name}, but {known}; expected the state of an "
+            f"{file} has no {key} of {parameter.name} as floating-point numbers, but {known}; "
+            "expected the state of an "
             "optimizer of Adam's or of transformers' Adafactor's kind"
         )
     return checked_moment(moment.read(), f"{key} of {parameter.name} in {file}")

@@ -6,15 +6,16 @@ Older versions called the last two `preconditioners*.pth`, and the first `proces
 An option called `processor_path` takes such a folder.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jhessians.errors import CheckpointError, did_you_mean
+from jhessians.errors import CheckpointError, did_you_mean, quoted
+from jhessians.files import read_json, read_yaml
 from jhessians.folds.normalizers import Normalizer
 from jhessians.interop import torchfile
+from jhessians.interop.manifest import check_files
 from jhessians.interop.processor_files import (
     EIGEN_FILE,
     HESSIANS_FILE,
@@ -25,11 +26,13 @@ from jhessians.interop.processor_files import (
     normalizer_state,
     read_hessians,
     read_normalizers,
+    tensor_files,
 )
 from jhessians.interop.rundir import output_error
 
 CONFIG_FILE = "processor_config.yaml"
 LEGACY_CONFIG_FILE = "processor_config.json"
+SETTINGS_FILES = {CONFIG_FILE, LEGACY_CONFIG_FILE}
 
 PROJECTION_VERSION = 2
 """The way of making projection matrices; version 1 was torch's generators, which we don't have."""
@@ -91,7 +94,7 @@ class GradientProcessor:
         for name, (is_valid, expected) in _SETTINGS.items():
             value = getattr(self, name)
             if not is_valid(value):
-                raise ValueError(f"{name} is {value!r}; expected {expected}")
+                raise ValueError(f"{name} is {quoted(value)}; expected {expected}")
         if not self.projection_dim:  # bergson's options say 0, its files null
             self.projection_dim = None
             self.projection_target = "per_module"
@@ -141,9 +144,12 @@ class GradientProcessor:
             The processor, with numpy arrays. Folders of an older version may have no eigenpairs.
 
         Raises:
-            CheckpointError: If a file is missing, damaged, or holds something else.
+            CheckpointError: If a file is missing, damaged, holds something else, or has another
+                size than the manifest says.
+            NumericsError: If a number isn't finite.
         """
         path = Path(path)
+        check_files(path, (SETTINGS_FILES | tensor_files(skip_hessians)).__contains__)
         settings = _read_settings(path)
         normalizers = read_normalizers(path)
         hessians, eigen = ({}, {}) if skip_hessians else read_hessians(path)
@@ -195,19 +201,16 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    import yaml
-
     file = path / CONFIG_FILE
     if not file.exists() and (path / LEGACY_CONFIG_FILE).exists():
         file = path / LEGACY_CONFIG_FILE
     try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        values = read_json(file) if file.suffix == ".json" else read_yaml(file)
     except OSError as error:
         raise CheckpointError(
             f"cannot read {file} ({error.strerror}); expected the folder of a gradient processor"
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except ValueError:
         kind = file.suffix.removeprefix(".").upper()
         raise CheckpointError(f"{file} isn't valid {kind}; restore it or make it again") from None
     if not isinstance(values, dict):
@@ -219,6 +222,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
             continue  # the arrays' own fields, which an older version wrote empty
         if name not in _SETTINGS:
             hint = did_you_mean(name, _SETTINGS)
-            raise CheckpointError(f"{file} has the unknown setting {key!r}{hint or '; remove it'}")
+            raise CheckpointError(
+                f"{file} has the unknown setting {quoted(key)}{hint or '; remove it'}"
+            )
         settings[name] = value
     return settings

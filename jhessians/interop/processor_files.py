@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from jhessians.errors import CheckpointError
+from jhessians.errors import CheckpointError, NumericsError, quoted, shown
 from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.interop import torchfile
+from jhessians.interop.manifest import check_files
 from jhessians.interop.torchfile import LazyTensor
 from jhessians.typing import Array
 
@@ -27,6 +28,12 @@ Matrix = np.ndarray | Array
 EigenPair = tuple[np.ndarray | Array, Matrix]
 
 
+def tensor_files(skip_hessians: bool = False) -> set[str]:
+    """Names of the torch files that a folder may have, with or without those of Hessians."""
+    hessians = set() if skip_hessians else {*LEGACY_NAMES, *LEGACY_NAMES.values()}
+    return {NORMALIZERS_FILE, *hessians}
+
+
 def read_hessians(path: Path) -> tuple[dict[str, Matrix], dict[str, EigenPair]]:
     """Hessians and eigenpairs by module, under the new names or the old ones.
 
@@ -36,8 +43,15 @@ def read_hessians(path: Path) -> tuple[dict[str, Matrix], dict[str, EigenPair]]:
 
     Raises:
         CheckpointError: If a file is missing, damaged, or holds something else.
+        NumericsError: If a number isn't finite.
     """
-    return _hessians(path, torchfile.load)
+    hessians, eigen = _hessians(path, torchfile.load)
+    for name, matrix in hessians.items():
+        require_finite(matrix, f"the Hessian of {name} in {path}")
+    for name, pair in eigen.items():
+        for part in pair:
+            require_finite(part, f"the eigenpairs of {name} in {path}")
+    return hessians, eigen
 
 
 def open_hessians(path: Path) -> tuple[dict[str, LazyTensor], dict[str, tuple[LazyTensor, ...]]]:
@@ -49,6 +63,7 @@ def open_hessians(path: Path) -> tuple[dict[str, LazyTensor], dict[str, tuple[La
     Raises:
         CheckpointError: If a file is missing, damaged, or holds something else or wrong shapes.
     """
+    check_files(path, tensor_files().__contains__)
     hessians, eigen = _hessians(path, torchfile.open_torch_file)
     if problem := misshapen({}, hessians, eigen):
         raise CheckpointError(f"{path}: {problem}; restore it or make it again")
@@ -101,8 +116,8 @@ def _read_table(
     for name, value in table.items():
         if not isinstance(name, str) or not is_valid(value):
             raise CheckpointError(
-                f"{file}: {name!r} isn't a module's name with {expected}; restore it or make it "
-                "again"
+                f"{file}: {quoted(name)} isn't a module's name with {expected}; restore it or "
+                "make it again"
             )
     return dict(table)
 
@@ -128,6 +143,7 @@ def read_normalizers(path: Path) -> dict[str, Normalizer]:
 
     Raises:
         CheckpointError: If the file is missing, damaged, or holds something else.
+        NumericsError: If a number isn't finite.
     """
     file = path / NORMALIZERS_FILE
     states = _read_table(file, lambda value: isinstance(value, dict), "a normalizer")
@@ -139,7 +155,7 @@ def _normalizer(file: Path, module: str, state: Mapping[str, Any]) -> Normalizer
     kind = arrays.pop("__class__", None)
     if not isinstance(kind, str) or kind not in _KINDS:
         raise CheckpointError(
-            f"{file}: {module} has a normalizer of class {kind!r}; expected one of "
+            f"{file}: {shown(module)} has a normalizer of class {quoted(kind)}; expected one of "
             f"{', '.join(_KINDS)}"
         )
     if "avg_sq" in arrays:  # its name before there were biases
@@ -148,13 +164,33 @@ def _normalizer(file: Path, module: str, state: Mapping[str, Any]) -> Normalizer
     arrays = {name: array for name, array in arrays.items() if array is not None}
     fine = set(required) <= set(arrays) <= {*required, "bias_avg_sq"}
     if not fine or not all(_is_array(array) for array in arrays.values()):
+        found = shown(", ".join(map(str, arrays))) or "nothing"
         raise CheckpointError(
-            f"{file}: the {kind} of {module} has {', '.join(map(str, arrays)) or 'nothing'}; "
-            f"expected the arrays {', '.join(required)} and perhaps bias_avg_sq"
+            f"{file}: the {kind} of {shown(module)} has {found}; expected the arrays "
+            f"{', '.join(required)} and perhaps bias_avg_sq"
         )
     if problem := _misshapen_normalizer(module, arrays):
         raise CheckpointError(f"{file}: {problem}; restore it or make it again")
+    for array in arrays.values():
+        require_finite(array, f"the normalizer of {module} in {file}")
     return create(**arrays)
+
+
+def require_finite(array: np.ndarray, what: str) -> None:
+    """Check that numbers from a file are finite.
+
+    Args:
+        array: The numbers.
+        what: Names them.
+
+    Raises:
+        NumericsError: If one isn't.
+    """
+    if not np.isfinite(array).all():
+        raise NumericsError(
+            f"{shown(what, limit=400)} holds NaN or infinity; expected finite numbers; get a whole "
+            "copy of it or make it again"
+        )
 
 
 def _misshapen_normalizer(name: str, arrays: Mapping[str, Any]) -> str | None:

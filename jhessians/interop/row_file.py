@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jhessians.errors import CheckpointError
+from jhessians.files import require_ordinary
 
 DTYPES = {
     each.name: each
@@ -101,7 +102,7 @@ def map_rows(path: Path, rows: int, width: int, dtype: np.dtype) -> np.memmap:
     """
     expected = rows * width * dtype.itemsize
     try:
-        size = path.stat().st_size
+        size = require_ordinary(path).st_size
         if size != expected:
             raise CheckpointError(
                 f"{path} has {size:,} bytes; expected {expected:,}, {rows:,} rows of {width:,} "

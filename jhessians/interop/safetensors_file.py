@@ -9,7 +9,6 @@ References:
 
 import json
 import math
-import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from jhessians.errors import CheckpointError
+from jhessians.errors import CheckpointError, quoted, shown
+from jhessians.files import open_input, parse_json
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -42,6 +42,7 @@ DTYPES: dict[str, np.dtype] = {
 """safetensors' name → numpy's dtype."""
 
 _LONGEST_HEADER = 100 * 2**20  # the format's own limit
+_MOST_AXES = 32
 _REMEDY = "get a whole copy of it"
 
 
@@ -92,7 +93,7 @@ class SafetensorsTensor:
         pieces = values.reshape((*shape[:outer], math.prod(shape[outer:]))).view(np.uint8)
         first = sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with open_input(self.path, buffering=0) as file:
                 for place in np.ndindex(pieces.shape[:-1]):
                     inside = sum(i * strides[axis] for axis, i in enumerate(place))
                     file.seek(self.start + (first + inside) * self.dtype.itemsize)
@@ -120,34 +121,50 @@ def open_safetensors(path: Path) -> dict[str, SafetensorsTensor]:
         CheckpointError: If the file is cut short or isn't a safetensors file, names a tensor twice,
             or has tensors that overlap or leave a gap.
     """
+    return open_described(path)[0]
+
+
+def open_described(path: Path) -> tuple[dict[str, SafetensorsTensor], dict[str, str]]:
+    """As `open_safetensors`, with the words that the file has for other readers.
+
+    Returns:
+        The tensors, and the metadata.
+
+    Raises:
+        CheckpointError: As `open_safetensors`.
+    """
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LONGEST_HEADER):
                 raise _damaged(path, f"its {size} bytes do not hold the header")
-            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+            header = parse_json(file.read(length), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from None
     except _RepeatedNameError as error:
         raise CheckpointError(
-            f"{path} names {error} twice; expected one tensor per name; {_REMEDY}"
+            f"{path} names {shown(error.args[0])} twice; expected one tensor per name; {_REMEDY}"
         ) from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise _damaged(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a table")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise _damaged(path, "its metadata is no table of words")
     tensors = [(name, _entry(path, name, entry, 8 + length)) for name, entry in header.items()]
     tensors.sort(key=lambda named: (named[1].start, named[1].nbytes))
     end = 8 + length
     for name, tensor in tensors:
         if tensor.start != end:
-            raise _damaged(path, f"{name} begins at byte {tensor.start} where {end} is expected")
+            raise _damaged(
+                path, f"{shown(name)} begins at byte {tensor.start} where {end} is expected"
+            )
         end += tensor.nbytes
     if end != size:
         raise _damaged(path, f"it has {size} bytes where its header promises {end}")
-    return dict(tensors)
+    return dict(tensors), metadata
 
 
 def safetensors_header(
@@ -200,18 +217,28 @@ def write_safetensors(
 
 def _entry(path: Path, name: str, entry: Any, data: int) -> SafetensorsTensor:
     try:
-        code, shape = entry["dtype"], tuple(operator.index(n) for n in entry["shape"])
-        start, end = (operator.index(n) for n in entry["data_offsets"])
+        code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        understood = isinstance(shape, list) and all(map(_is_count, (*shape, start, end)))
     except (KeyError, TypeError, ValueError):
-        raise _damaged(path, f"its entry of {name} can't be understood") from None
+        understood = False
+    if not understood:
+        raise _damaged(path, f"its entry of {shown(name)} can't be understood")
     if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(
-            f"{name} in {path.name} is stored as {code!r}; expected one of {', '.join(DTYPES)}"
+            f"{shown(name)} in {path} is stored as {quoted(code)}; expected one of "
+            f"{', '.join(DTYPES)}"
         )
-    tensor = SafetensorsTensor(path, shape, DTYPES[code], data + start)
-    if min((start, *shape), default=0) < 0 or end - start != tensor.nbytes:
-        raise _damaged(path, f"its entry of {name} contradicts itself")
+    # Also of a tensor without values, whose other axes numpy multiplies all the same.
+    if len(shape) > _MOST_AXES or math.prod(max(n, 1) for n in shape) >= 2**59:
+        raise _damaged(path, f"{shown(name)} has the shape {quoted(shape)}")
+    tensor = SafetensorsTensor(path, tuple(shape), DTYPES[code], data + start)
+    if end - start != tensor.nbytes:
+        raise _damaged(path, f"its entry of {shown(name)} contradicts itself")
     return tensor
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

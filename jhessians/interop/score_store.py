@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
-from jhessians.errors import CheckpointError, NumericsError
+from jhessians.errors import CheckpointError, NumericsError, quoted
 from jhessians.interop._score_files import (
     CANDIDATES,
     INFO,
@@ -25,6 +25,7 @@ from jhessians.interop._score_files import (
     check_same,
     check_size,
     checked_extras,
+    count_of,
     create_files,
     needed_bytes,
     read_array,
@@ -32,6 +33,7 @@ from jhessians.interop._score_files import (
     read_layout,
     store_info,
 )
+from jhessians.interop.manifest import check_files
 from jhessians.interop.rundir import output_error
 
 __all__ = ["ScoreStore", "ScoreWriter", "needed_bytes"]
@@ -159,21 +161,23 @@ class ScoreStore:
         candidates: Document i is the data set's candidates[i]; None if all were scored.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or doesn't fit the others.
+        CheckpointError: If a file is missing, damaged or doesn't fit the others or the manifest.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        check_files(self.path, {INFO, SCORES, OFFSETS, CANDIDATES}.__contains__)
         info = read_info(self.path)
         try:
-            self.documents, self.rows = int(info["num_items"]), int(info["num_rows"])
-            self.queries = int(info["num_scores"])
+            self.documents, self.rows, self.queries = (
+                count_of(info, name) for name in ("num_items", "num_rows", "num_scores")
+            )
             dtype, pair, row = read_layout(info["dtype"], self.queries)
             per_token = bool(info.get("attribute_tokens"))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.path / INFO} doesn't describe scores ({error!r}); expected what bergson "
-                f"writes; {REMEDY}"
+                f"{self.path / INFO} doesn't describe scores ({quoted(error)}); expected what "
+                f"bergson writes; {REMEDY}"
             ) from None
         self.offsets = read_array(self.path / OFFSETS) if per_token else None
         has_candidates = (self.path / CANDIDATES).exists()
@@ -196,12 +200,22 @@ class ScoreStore:
         )
 
     def read(self, query: int) -> tuple[Float32[np.ndarray, " row"], Bool[np.ndarray, " row"]]:
-        """One query's scores, and which of them were written."""
-        return self._scores[:, query].astype(np.float32), self._written[:, query].copy()
+        """One query's scores, and which of them were written; all of them finite."""
+        return self._finite(self._scores[:, query]), self._written[:, query].copy()
 
     def read_all(self) -> Float32[np.ndarray, "row query"]:
-        """Every score; 0 where none was written."""
-        return self._scores.astype(np.float32)
+        """Every score; 0 where none was written; all of them finite."""
+        return self._finite(self._scores)
+
+    def _finite(self, scores: np.ndarray) -> np.ndarray:
+        found = scores.astype(np.float32)
+        if not np.isfinite(found).all():
+            row = int(np.argmin(np.isfinite(found).reshape(len(found), -1).all(1)))
+            raise NumericsError(
+                f"row {row} of {self.path / SCORES} holds NaN or infinity; expected finite "
+                f"numbers; {REMEDY}"
+            )
+        return found
 
     @property
     def complete(self) -> bool:

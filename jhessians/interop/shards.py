@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jhessians.errors import NumericsError
-from jhessians.interop.layout import DTYPES, shard_bounds, shard_name
+from jhessians.interop.layout import DTYPES, RUN_ID, shard_bounds, shard_name
 from jhessians.interop.rundir import output_error
 from jhessians.interop.safetensors_file import safetensors_header
 from jhessians.interop.tensors import TensorRows
@@ -46,6 +46,7 @@ def write_sharded(
     block_bytes: int = BLOCK_BYTES,
     among: Mapping[str, tuple[int, ...]] | None = None,
     fresh: bool = True,
+    run_id: str | None = None,
 ) -> None:
     """Write `shard_{r}.safetensors` for every r, each with its rows of every tensor.
 
@@ -60,6 +61,7 @@ def write_sharded(
         block_bytes: Most bytes to fetch at a time, counted as float32; at least one row is.
         among: If several calls write these files, the shapes of the tensors of all calls.
         fresh: Whether this is the first of these calls, which creates the files.
+        run_id: Of the run, for the files' metadata; process 0 alone has to know it.
 
     Raises:
         NumericsError: If a value is NaN or infinite, or overflows `dtype`.
@@ -77,7 +79,7 @@ def write_sharded(
         }
         for shard in range(shards)
     ]
-    headers = [_header(shapes, each, target) for each in ranges]
+    headers = [_header(shapes, each, target, run_id) for each in ranges]
     paths = [folder / shard_name(shard) for shard in range(shards)]
     blocks = _blocks(folder.name, tensors, ranges, target, block_bytes)
     failure: OSError | None = None
@@ -171,12 +173,13 @@ def _converted(block: np.ndarray, target: np.dtype, where: str) -> np.ndarray:
 
 
 def _header(
-    shapes: Mapping[str, tuple[int, ...]], ranges: Ranges, dtype: np.dtype
+    shapes: Mapping[str, tuple[int, ...]], ranges: Ranges, dtype: np.dtype, run_id: str | None
 ) -> tuple[bytes, dict[str, int]]:
     """One shard's beginning, and where in it the rows of each module start."""
     rows = {module: stop - start for module, (start, stop) in ranges.items()}
     return safetensors_header(
-        {module: ((rows[module], *shape[1:]), dtype) for module, shape in shapes.items()}
+        {module: ((rows[module], *shape[1:]), dtype) for module, shape in shapes.items()},
+        {RUN_ID: run_id} if run_id else None,
     )
 
 

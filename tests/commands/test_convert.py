@@ -157,7 +157,7 @@ def test_help_imports_nothing_heavy():
         (["MODEL", "HERE"], 1, "exists already"),
         (["MODEL", "FILE/x"], 1, "a part of the path is a file"),
         (["WEIGHTLESS", "OUT"], 1, "has no weights"),
-        (["CUT", "OUT"], 1, "can't be read as a Flax checkpoint"),
+        (["CUT", "OUT"], 1, "is not what convert wrote: parameters/"),
         (["HALF", "OUT"], 1, "half written"),
         (["FLAX", "OUT", "--dtype=fp16"], 1, "embedding holds NaN or infinity as float16"),
     ],

@@ -37,8 +37,15 @@ def model(tmp_path_factory):
 @pytest.fixture
 def config(model, tmp_path):
     def make(name="run", **options):
-        given = {"model": str(model), "dataset": str(model / "docs.jsonl"), "quiet": True,
-                 "world_size": 1, "token_batch_size": 32, "max_tokens": 400, "method": "ekfac"}  # fmt: skip
+        given = {
+            "model": str(model),
+            "dataset": str(model / "docs.jsonl"),
+            "quiet": True,
+            "world_size": 1,
+            "token_batch_size": 32,
+            "max_tokens": 400,
+            "method": "ekfac",
+        }
         return ComputeConfig(run_path=str(tmp_path / name), **(given | options))
 
     return make

@@ -237,14 +237,14 @@ def test_companions_on_the_hub_are_downloaded_when_they_are_needed(
 
 def test_files_that_cannot_be_read_or_written(source, tmp_path, monkeypatch):
     loaded = load(source)
-    real = type(source).open
+    real = converters.companions.open_input
 
-    def opened(path, *arguments, **options):
+    def opened(path):
         if path.name == "LICENSE":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return real(path, *arguments, **options)
+        return real(path)
 
-    monkeypatch.setattr(type(source), "open", opened)
+    monkeypatch.setattr(converters.companions, "open_input", opened)
     for writer in WRITERS.values():
         with pytest.raises(CheckpointError, match="cannot read .*LICENSE: Permission denied"):
             writer(loaded, tmp_path / "out")

@@ -1,6 +1,7 @@
 """Flax checkpoints: the same model on every mesh, readable by Orbax alone, refused in one line."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -189,11 +190,28 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_wrong_is_said_in_one_line(case, copy, capfd):
     spoil, words = REFUSED[case]
+    (copy / "manifest.json").unlink()  # it would say more
     spoil(copy)
     with pytest.raises(CheckpointError, match=words) as error:
         load(copy, mesh=make_mesh(8), fsdp=True)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("spoil", [data_cut_short, no_data, without(PARAMETERS, "manifest.ocdbt")])
+def test_files_are_compared_with_the_manifest(copy, spoil):
+    spoil(copy)
+    with pytest.raises(CheckpointError, match="not what save_flax wrote: parameters/.*(d/|ocdbt)"):
+        load(copy)
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_among_the_parameters_is_refused_at_once(copy):
+    (copy / "manifest.json").unlink()
+    next(path for path in copy.glob(f"{PARAMETERS}/**/d/*") if path.is_file()).unlink()
+    os.mkfifo(copy / PARAMETERS / "d" / "pipe")
+    with pytest.raises(CheckpointError, match="it is a named pipe; expected an ordinary file"):
+        load(copy)
 
 
 def test_orbaxs_own_folder_is_not_a_model(copy):

@@ -9,7 +9,7 @@ from jhessians.fitting.autocorrelation import fit_autocorrelations, row_operands
 from jhessians.folds import scores as score_folds
 from jhessians.influence.curvature import Inverse
 from jhessians.influence.queries import QueryPass
-from jhessians.influence.row_metrics import DenseHessian, metric_of
+from jhessians.influence.row_metrics import DenseHessian, _inverted, metric_of
 from jhessians.influence.scoring import ScorePass, as_hessian, module_names
 from jhessians.models.config import ExpertsConfig, MLPConfig
 from tests.influence.case import LENGTHS, QUERIES, Case, damped, products, total
@@ -226,3 +226,10 @@ def test_what_does_not_fit_is_refused(single):
         single.score(factors=dense)
     with pytest.raises(ConfigError, match="is for Kronecker factors"):
         single.score(factors=dense, ev_correction=True)
+
+
+def test_a_dense_hessian_that_is_not_finite_is_named():
+    matrix = np.eye(2)
+    matrix[0, 1] = np.nan
+    with pytest.raises(NumericsError, match="the Hessian of m holds NaN or infinity"):
+        _inverted({"m": matrix}, "m", 2, Inverse())

@@ -9,11 +9,11 @@ SIZES = {"layers.1.down": (120, 321), "layers.0.up": (321, 120), "tiny": (3, 5)}
 N_DOCS, TOTAL = 7, 100
 
 
-def make_factors(dtype=np.float32):
+def make_factors(dtype=np.float32, sizes=SIZES):
     """Every kind for every module: random orthogonal vectors, positive values."""
     random = np.random.default_rng(0)
     factors = {kind: {} for kind in KINDS}
-    for module, (o, i) in SIZES.items():
+    for module, (o, i) in sizes.items():
         values = {}
         for side, d in (("activation", i), ("gradient", o)):
             root = random.standard_normal((d, d))

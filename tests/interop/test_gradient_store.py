@@ -158,7 +158,7 @@ def test_what_is_missing_or_damaged_is_one_line(tmp_path, spoil, words):
     [
         (np.array([0, 2, 4]), "doesn't divide 5 rows"),
         (np.array([0, 4, 2, 5]), "doesn't divide 5 rows"),
-        (np.array([0.0, 5.0]), "doesn't divide 5 rows"),
+        (np.array([0.0, 5.0]), "holds no vector of whole numbers"),
         (None, "offsets.npy is damaged"),
     ],
 )

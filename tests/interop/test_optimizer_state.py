@@ -197,6 +197,33 @@ BROKEN = {
     "no state": (lambda c: c.pop("state"), CheckpointError, "no state and param_groups"),
     "no groups": (lambda c: c.pop("param_groups"), CheckpointError, "no state and param_groups"),
     "odd state": (lambda c: c["state"].update({0: 1}), CheckpointError, "no state and param_gr"),
+    **{
+        f"groups of {name}": (
+            lambda c, change=change: change(c["param_groups"]),
+            CheckpointError,
+            "no state and param_groups of the usual form",
+        )
+        for name, change in {
+            "words": lambda groups: groups.append("x"),
+            "no params": lambda groups: groups[0].pop("params"),
+            "params in a table": lambda groups: groups[0].update(params={0: 1}),
+            "params in a list": lambda groups: groups[0]["params"].append([0]),
+            "params with a fraction": lambda groups: groups[0]["params"].append(0.5),
+            "a name without a list": lambda groups: groups[0].update(param_names="wte.weight"),
+            "names that are numbers": lambda groups: groups[0].update(param_names=[1]),
+            "names that are a number": lambda groups: groups[0].update(param_names=3),
+        }.items()
+    },
+    "a number twice": (
+        lambda c: (forget_names(c), c["param_groups"][0]["params"].append(0)),
+        CheckpointError,
+        "a parameter twice in its param_groups",
+    ),
+    "truth": (
+        lambda c: first_state(c).update(exp_avg_sq=first_state(c)["exp_avg_sq"] > 0),
+        CheckpointError,
+        "has no exp_avg_sq of .* as floating-point numbers",
+    ),
     "frozen": (
         lambda c: first_state(c).update(param_name="transformer.x.weight"),
         CheckpointError,

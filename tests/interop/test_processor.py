@@ -14,7 +14,7 @@ from bergson.gradients import AdamNormalizer as TheirAdam
 from bergson.gradients import GradientProcessor as TheirProcessor
 
 import jhessians
-from jhessians.errors import CheckpointError, OutputError
+from jhessians.errors import CheckpointError, NumericsError, OutputError
 from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer
 from jhessians.interop import torchfile
 from jhessians.interop.processor import GradientProcessor
@@ -267,3 +267,16 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     assert not Path(tmp_path / "processor").exists()
     with pytest.raises(ValueError, match="projection_scale is 'jll'; expected one of jl"):
         GradientProcessor(projection_scale="jll")
+
+
+@pytest.mark.parametrize("file", ["normalizers.pth", "hessians.pth", "hessians_eigen.pth"])
+def test_numbers_that_are_not_finite_are_named(tmp_path, file):
+    ours().save(tmp_path)
+    table = torchfile.load(tmp_path / file)
+    name, value = next(iter(table.items()))
+    array = value["weight_avg_sq"] if file == "normalizers.pth" else value
+    (array[1] if isinstance(array, tuple) else array)[1, 2] = np.nan
+    torchfile.save(table, tmp_path / file)
+    with pytest.raises(NumericsError, match=f"of {name} in .* holds NaN or infinity"):
+        GradientProcessor.load(tmp_path)
+    assert file == "normalizers.pth" or GradientProcessor.load(tmp_path, skip_hessians=True)

@@ -81,7 +81,16 @@ DAMAGED = {
     "not a table": raw([1]),
     "an entry that is none": raw({"m": 3}, bytes(4)),
     "an entry without offsets": raw({"m": {"dtype": "F32", "shape": [1]}}, bytes(4)),
+    "nested 20,000 deep": raw(b'{"m":' * 20_000 + b"1" + b"}" * 20_000),
     "half a number": raw({"m": entry(shape=[1.5])}, bytes(4)),
+    "truth instead of a number": raw({"m": entry(shape=[True])}, bytes(4)),
+    "words instead of numbers": raw({"m": entry(shape="1")}, bytes(4)),
+    "an offset with a fraction": raw({"m": entry(0, 4.0)}, bytes(4)),
+    "a number beyond 64 bits": raw({"m": entry(shape=[0, 10**30])}, bytes(0)),
+    "a number without end": raw(b'{"m": {"shape": [' + b"9" * 5000 + b"]}}"),
+    "metadata that are no words": raw({"__metadata__": {"format": 1}}),
+    "metadata that are no table": raw({"__metadata__": "pt"}),
+    "two bytes a character": raw("{}".encode("utf-16")),
     "below zero": raw({"m": entry(shape=[-1])}, bytes(4)),
     "before the data": raw({"m": entry(-4, 0)}, b""),
     "size that contradicts the shape": raw({"m": entry(0, 8)}, bytes(8)),
@@ -106,6 +115,24 @@ def test_damage_is_said_in_one_line(tmp_path, case):
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
     with pytest.raises(safetensors.SafetensorError), safetensors.safe_open(path, "np") as file:
         file.keys()
+
+
+def test_names_from_a_file_do_not_reach_the_terminal_raw(tmp_path):
+    """Neither escape codes nor line breaks, and nothing without end."""
+    for name in ("\x1b[2J", "two\nlines", "x" * 9999, "\ud800"):
+        path = tmp_path / "m.safetensors"
+        path.write_bytes(raw({name: entry(dtype=[["\x1b[2J"] * 9999])}, bytes(4)))
+        with pytest.raises(CheckpointError) as error:
+            open_safetensors(path)
+        assert str(error.value).isprintable() and len(str(error.value)) < 900
+
+
+def test_axes_that_no_memory_holds(tmp_path):
+    """The library takes them, but numpy makes no array of this shape."""
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(raw({"m": entry(0, 0, shape=[0, 2**40, 2**40])}))
+    with pytest.raises(CheckpointError, match="m has the shape"):
+        open_safetensors(path)
 
 
 def test_a_name_twice(tmp_path):

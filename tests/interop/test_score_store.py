@@ -215,3 +215,31 @@ def test_many_queries_are_written_at_once(tmp_path):
     np.testing.assert_array_equal(ScoreStore(tmp_path).read_all(), scores)
     # Field by field it takes 20,000 fields × 8 batches × 2 numpy calls, tens of seconds.
     assert seconds < 5
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_scores_that_are_not_finite_are_named(tmp_path, value):
+    ScoreWriter(tmp_path, documents=5, queries=3).write(np.arange(5), random_scores(5, 3))
+    cells = np.fromfile(tmp_path / "scores.bin", np.float32).reshape(5, 3, 2)
+    cells[3, 1, 0] = value
+    cells.tofile(tmp_path / "scores.bin")
+    store = ScoreStore(tmp_path)
+    store.read(0)
+    for read in (store.read_all, lambda: store.read(1)):
+        with pytest.raises(NumericsError, match="row 3 of .*scores.bin holds NaN or infinity"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_items", float("inf")), ("num_items", "5"), ("num_rows", -5), ("num_scores", 10**15),
+        ("num_scores", 0), ("num_scores", True), ("dtype", None), ("dtype", []),
+    ],
+)  # fmt: skip
+def test_absurd_numbers_are_refused_at_once(tmp_path, name, value):
+    ScoreWriter(tmp_path, documents=5, queries=3).write(np.arange(5), random_scores(5, 3))
+    info = json.loads((tmp_path / "info.json").read_text()) | {name: value}
+    (tmp_path / "info.json").write_text(json.dumps(info))
+    with pytest.raises(CheckpointError, match="info.json doesn't describe scores"):
+        ScoreStore(tmp_path)

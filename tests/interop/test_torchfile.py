@@ -311,13 +311,64 @@ def test_big_endian_files_are_refused(tmp_path):
 
 def test_bytes_other_than_0_and_1_are_true(tmp_path):
     path = tmp_path / "x.pt"
-    torchfile.save(np.array([False, True, False]), path)
-    start = torchfile.open_torch_file(path)._extent.start
-    content = bytearray(path.read_bytes())
-    content[start + 2] = 7
-    path.write_bytes(content)
+    torch.save(torch.tensor([0, 1, 7], dtype=torch.uint8).view(torch.bool), path)
     for found in (torchfile.load(path), torchfile.open_torch_file(path).read()):
         assert found.tobytes() == b"\0\1\1"
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "byteorder", "data/0"])
+def test_checksums_are_compared(tmp_path, member):
+    """A flipped bit in whatever is read; torch itself doesn't notice."""
+    path = tmp_path / "x.pt"
+    torch.save({"whole": torch.arange(6.0), "part": torch.arange(8.0)[2:5]}, path)
+    good = torchfile.load(path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"x/{member}")
+    names = content[info.header_offset + 26 : info.header_offset + 30]
+    start = info.header_offset + 30 + int(np.frombuffer(names, "<u2").sum())
+    # The last byte of what is stored, but of a pickle the sign of a tensor's offset.
+    at = content.index(b"K\x00", start) if member == "data.pkl" else start + info.file_size - 1
+    content[at + (member == "data.pkl")] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: .* another checksum"):
+        torchfile.load(path)
+    with pytest.raises(CheckpointError, match="is damaged: .* another checksum"):
+        torchfile.open_torch_file(path)["whole"].read()
+    assert list(good["part"]) == [2, 3, 4]
+
+
+def test_a_part_of_a_storage_is_compared_with_all_of_it(tmp_path, monkeypatch):
+    """Also if the damage lies in another part; and each storage once, in pieces."""
+    monkeypatch.setattr(torchfile, "_CHUNK_BYTES", 24)
+    path = tmp_path / "x.pt"
+    whole = torch.arange(100.0)
+    torch.save({"first": whole[:10], "second": whole[10:20]}, path)
+    found = torchfile.open_torch_file(path)
+    assert list(found["second"].read()) == list(range(10, 20))
+    content = bytearray(path.read_bytes())
+    content[content.index(np.arange(90.0, 100.0, dtype="<f4").tobytes())] ^= 1
+    path.write_bytes(content)
+    for name in ("first", "second"):
+        with pytest.raises(CheckpointError, match="another checksum"):
+            torchfile.open_torch_file(path)[name].read()
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    """torch can leave them all at zero; one alone that is zero is damage."""
+    path = tmp_path / "x.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(torch.arange(5.0), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert list(torchfile.load(path)) == [0, 1, 2, 3, 4]
+    torch.save(torch.arange(5.0), path)
+    with zipfile.ZipFile(path) as archive:
+        crc = archive.getinfo("x/data/0").CRC.to_bytes(4, "little")
+    path.write_bytes(path.read_bytes().replace(crc, bytes(4)))
+    with pytest.raises(CheckpointError, match="another checksum"):
+        torchfile.load(path)
 
 
 def test_conjugate_views_are_refused_rather_than_read_wrongly(tmp_path):

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.config.option import options_of
-from jhessians.config.provenance import CONFIG_FILE, read_options
+from jhessians.config.provenance import CONFIG_FILE, OLDER_CONFIG_FILE, read_options
 from jhessians.errors import CheckpointError, ConfigError
+from jhessians.files import read_yaml
+from jhessians.interop.manifest import check_files
 from jhessians.methods.table import METHODS
 
 if TYPE_CHECKING:  # JAX takes seconds to import: --help must not wait for it
@@ -29,6 +31,7 @@ def options_of_run(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: If there is no such folder, or nothing says how it was made.
+        CheckpointError: If these files have another size than the run's manifest says.
     """
     path = Path(path)
     if not path.is_dir():
@@ -38,6 +41,7 @@ def options_of_run(path: str | Path) -> dict[str, Any]:
         )
     if path.name == "influence_results":
         path = path.parent
+    check_files(path, {CONFIG_FILE, OLDER_CONFIG_FILE}.__contains__)
     try:
         return read_options(path)
     except ConfigError as error:
@@ -123,11 +127,9 @@ def _dense(path: Path, config: ComputeConfig, problem: Problem) -> DenseHessian:
 
 def _bergson_options(path: Path) -> dict[str, Any] | None:
     """Our names for what bergson's config.yaml says of a `hessian` step, or of a pipeline's."""
-    import yaml
-
     try:
-        document = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        document = read_yaml(path / CONFIG_FILE)
+    except (OSError, ValueError):
         return None
     steps = document.get("steps") if isinstance(document, dict) else None
     for step in reversed(steps if isinstance(steps, list) else []):
