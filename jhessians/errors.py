@@ -5,6 +5,7 @@ prints it and exits non-zero; a library caller catches `UserError` or one of its
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -44,3 +45,24 @@ def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
     """`; did you mean ...?` for a near miss, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(prefix + each for each in close)}?" if close else ""
+
+
+_CONTROLS = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f"  # of terminals, but for the line feed
+    "\u2028\u2029\u202a-\u202e\u2066-\u2069"  # of lines, and of the direction of writing
+    "\ud800-\udfff]"  # bytes of a file's name that are no UTF-8
+)
+
+
+def printable(text: str) -> str:
+    """The text with every character that commands a terminal written as in Python.
+
+    Names of files, tensors and columns, and texts of documents, are other people's.
+
+    Args:
+        text: May have several lines.
+
+    Returns:
+        The same lines, safe to print.
+    """
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)

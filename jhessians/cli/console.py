@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TextIO
 
 from jhessians.config.option import name_flags
-from jhessians.errors import ConfigError, UserError
+from jhessians.errors import ConfigError, UserError, printable
 
 NOISY_LIBRARIES = (
     "absl", "datasets", "filelock", "flax", "fsspec", "httpx", "huggingface_hub", "jax",
@@ -159,8 +159,8 @@ def _log_warning(
 
 
 def one_line(text: str) -> str:
-    """The text with every run of white space, line breaks included, as one space."""
-    return " ".join(text.split())
+    """The text, safe to print, with every run of white space, line breaks included, as a space."""
+    return printable(" ".join(text.split()))
 
 
 @contextmanager
@@ -189,20 +189,30 @@ def _describe(error: BaseException) -> tuple[str, int]:
         return str(error), EXIT_USAGE
     if isinstance(error, UserError):
         return str(error), EXIT_INPUT
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", EXIT_INTERRUPTED
-    if isinstance(error, Terminated):
-        return f"terminated by {error}", error.exit_code
+    for cause in _chain(error):  # an import that a signal ends raises what it likes
+        if isinstance(cause, KeyboardInterrupt):
+            return "interrupted", EXIT_INTERRUPTED
+        if isinstance(cause, Terminated):
+            return f"terminated by {cause}", cause.exit_code
     for cause in _chain(error):
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {cause.filename}" if cause.filename else ""
             return f"the disk is full{where}; free some space and run again", EXIT_INPUT
-    if isinstance(error, MemoryError) or _is_out_of_device_memory(error):
+    if any(_is_out_of_memory(each) for each in _chain(error)):
         return "out of memory; try a smaller --token_batch_size, or --fsdp", EXIT_INPUT
+    if any(_is_without_room_for_code(each) for each in _chain(error)):
+        return "out of memory while libraries are loaded; allow more (ulimit -v)", EXIT_INPUT
     if _is_loss_of_a_host(error):
         return "another process of this run ended; see its own message", EXIT_INPUT
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename or error}; choose another path", EXIT_INPUT
+    if (reason := _no_devices(error)) is not None:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        return (
+            f"JAX finds no devices with JAX_PLATFORMS={platforms!r}{reason}; give cpu, or what is "
+            "installed, or leave the variable out",
+            EXIT_INPUT,
+        )
     detail = shorten(f"{type(error).__name__}: {error}".removesuffix(": "), LONGEST_DETAIL)
     return (
         f"unexpected {detail} (run again with --debug for a traceback, and please report it)",
@@ -219,8 +229,33 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         each = each.__cause__ or each.__context__
 
 
-def _is_out_of_device_memory(error: BaseException) -> bool:
-    return _is_from_jax(error) and "RESOURCE_EXHAUSTED" in str(error)
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = ("can't start new thread", "std::bad_alloc")
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and any(each in str(error) for each in words))
+        or (_is_from_jax(error) and "RESOURCE_EXHAUSTED" in str(error))
+    )
+
+
+def _is_without_room_for_code(error: BaseException) -> bool:
+    # The words of the dynamic loader.
+    words = ("failed to map segment", "cannot allocate memory")
+    return isinstance(error, ImportError | OSError) and any(each in str(error) for each in words)
+
+
+def _no_devices(error: BaseException) -> str | None:
+    """Why JAX has no devices; None if it has, or that isn't what the error is about."""
+    jax = sys.modules.get("jax")
+    if jax is None or not isinstance(error, RuntimeError | AssertionError):
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as again:
+        reason = str(again).split(" (set JAX_PLATFORMS")[0].rstrip(".")
+        return f": {reason}" if reason else ""
+    return None
 
 
 def _is_loss_of_a_host(error: BaseException) -> bool:

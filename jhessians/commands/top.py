@@ -84,7 +84,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             f"cannot read {path} ({error.strerror}); expected the folder of a finished run of "
             "jhessians score"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is damaged; make the scores again") from None
 
 
@@ -108,4 +108,5 @@ TOP = Command(
         Positional("scores", "Folder that jhessians score wrote.", "jhessians top scores/demo"),
     ),
     run=top,
+    shows=True,
 )

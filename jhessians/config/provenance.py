@@ -96,7 +96,11 @@ def read_options(path: str | Path, command: str = "compute") -> dict[str, Any]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give a run's config.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; give a run's config.yaml"
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"{path} is not YAML; give a run's config.yaml") from None
     ours = document.get("jhessians") if isinstance(document, dict) else None
     options = ours.get(command) if isinstance(ours, dict) else None

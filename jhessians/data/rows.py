@@ -6,6 +6,7 @@ larger than memory can be opened. Whatever exception it raises becomes an error 
 
 import difflib
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ FILE_READERS = {
 
 # How the messages of `datasets` about a split begin.
 _SPLIT_ERRORS = ("Unknown split", "Unrecognized instruction", "Bad split", "Percent slice")
+
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 _NOISY_LOGGERS = ("datasets", "huggingface_hub", "transformers")
 
@@ -66,6 +69,8 @@ def open_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
 
     from datasets import load_dataset, load_from_disk
 
+    if not is_saved:
+        _require_cache()
     try:
         if is_saved:
             rows = _select_split(load_from_disk(str(path)), split)
@@ -79,6 +84,23 @@ def open_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
     if len(rows) == 0:
         raise _no_rows(dataset, split)
     return rows
+
+
+def _require_cache() -> None:
+    """Check that `datasets` can keep there what it makes of a data set."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    cache, reason = Path(HF_DATASETS_CACHE), "no permission"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):
+            return
+    except OSError as error:
+        reason = error.strerror or reason
+    raise DatasetError(
+        f"the cache of data sets, {cache}, can't be written ({reason}); set HF_HOME to a folder "
+        "that can be"
+    )
 
 
 def _no_rows(dataset: str, split: str) -> DatasetError:
@@ -117,6 +139,8 @@ def _readable(error: Exception, dataset: str, split: str, path: Path) -> Dataset
     """One line about an exception from `datasets`."""
     from datasets.exceptions import DatasetNotFoundError
 
+    if any(isinstance(each, UnicodeDecodeError) for each in _chain(error)):
+        return not_utf8(dataset)
     # "An error occurred while generating the dataset" says nothing; its cause does.
     cause = error
     while isinstance(cause.__cause__, Exception):
@@ -140,6 +164,35 @@ def _readable(error: Exception, dataset: str, split: str, path: Path) -> Dataset
     if isinstance(error, FileNotFoundError):
         return DatasetError(f"{dataset!r}: no data found ({one_line(error)})")
     return DatasetError(f"the data set {dataset!r} can't be read: {reason}")
+
+
+def not_utf8(dataset: str) -> DatasetError:
+    """What to say of text in another encoding: where, in which, and how to mend it.
+
+    Args:
+        dataset: As in `open_rows`.
+
+    Returns:
+        One line; without a place if the data set is no single file.
+    """
+    remedy = "save it as UTF-8, for example by `iconv -f LATIN1 -t UTF-8`"
+    path = Path(dataset).expanduser()
+    for number, line in enumerate(path.open("rb") if path.is_file() else (), start=1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            kind = "UTF-16" if number == 1 and line[:2] in _UTF_16 else "Latin-1 or the like"
+            return DatasetError(
+                f"{dataset!r}, line {number}: byte 0x{byte:02x} is no UTF-8, but {kind}; {remedy}"
+            )
+    return DatasetError(f"the data set {dataset!r} has text that is no UTF-8; {remedy}")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def one_line(error: BaseException) -> str:

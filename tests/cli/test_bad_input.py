@@ -416,15 +416,15 @@ def test_a_full_disk(work, capfd, monkeypatch):
 def command(work: Work, first: str = "pass") -> subprocess.Popen:
     """The command as a process of its own, on one device, `first` having been executed."""
     flags = ["--use_dataset_labels", "--method=kfac"]
-    program = f"{first}; import runpy; runpy.run_module('jhessians', run_name='__main__')"
+    # A shell's background job hands SIGINT down ignored, and the command respects that.
+    hears = "import signal as s; s.signal(s.SIGINT, s.default_int_handler)"
+    program = f"{hears}; {first}; import runpy; runpy.run_module('jhessians', run_name='__main__')"
     return subprocess.Popen(
         [sys.executable, "-c", program, *work.arguments(), *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "XLA_FLAGS": ""},
-        # A shell's background job hands SIGINT down ignored, and the command respects that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -127,7 +127,7 @@ def _bergson_options(path: Path) -> dict[str, Any] | None:
 
     try:
         document = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return None
     steps = document.get("steps") if isinstance(document, dict) else None
     for step in reversed(steps if isinstance(steps, list) else []):
