@@ -70,8 +70,8 @@ def unwound_by_signals() -> Iterator[None]:
     """
 
     def unwind(number: int, frame: FrameType | None) -> None:
-        if _is_in_callback(frame):
-            # Python drops what is raised there: try again in a moment.
+        if _would_be_lost(frame):
+            # Try again in a moment.
             timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
             timer.daemon = True
             timer.start()
@@ -98,10 +98,20 @@ def unwound_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _is_in_callback(frame: FrameType | None) -> bool:
-    """Whether garbage collection is what runs: JAX listens to it, and objects have finalizers."""
+def _would_be_lost(frame: FrameType | None) -> bool:
+    """Whether what is raised here may not arrive.
+
+    Python drops it in garbage collection, to which JAX listens, and in finalizers; and libraries
+    take it for a sign that what they import isn't there.
+
+    Args:
+        frame: What the signal interrupts.
+
+    Returns:
+        True in either of them, however deep.
+    """
     while frame is not None:
-        if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
+        if frame.f_code.co_name in ("_xla_gc_callback", "__del__", "_find_and_load"):
             return True
         frame = frame.f_back
     return False
@@ -185,23 +195,24 @@ def report_failure(error: BaseException) -> int:
 
 
 def _describe(error: BaseException) -> tuple[str, int]:
-    if isinstance(error, ConfigError):
-        return str(error), EXIT_USAGE
-    if isinstance(error, UserError):
-        return str(error), EXIT_INPUT
     for cause in _chain(error):  # an import that a signal ends raises what it likes
         if isinstance(cause, KeyboardInterrupt):
             return "interrupted", EXIT_INTERRUPTED
         if isinstance(cause, Terminated):
             return f"terminated by {cause}", cause.exit_code
-    for cause in _chain(error):
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" while writing {cause.filename}" if cause.filename else ""
-            return f"the disk is full{where}; free some space and run again", EXIT_INPUT
+    # Before all that memory's lack may look like, such as a file that can't be read.
     if any(_is_out_of_memory(each) for each in _chain(error)):
         return "out of memory; try a smaller --token_batch_size, or --fsdp", EXIT_INPUT
     if any(_is_without_room_for_code(each) for each in _chain(error)):
         return "out of memory while libraries are loaded; allow more (ulimit -v)", EXIT_INPUT
+    if isinstance(error, ConfigError):
+        return str(error), EXIT_USAGE
+    if isinstance(error, UserError):
+        return str(error), EXIT_INPUT
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" while writing {cause.filename}" if cause.filename else ""
+            return f"the disk is full{where}; free some space and run again", EXIT_INPUT
     if _is_loss_of_a_host(error):
         return "another process of this run ended; see its own message", EXIT_INPUT
     if isinstance(error, PermissionError):
