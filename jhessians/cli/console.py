@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from textwrap import shorten
 from types import FrameType
 from typing import TextIO
@@ -47,6 +48,7 @@ class Terminated(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
+        self.number = number
         self.exit_code = 128 + number
 
 
@@ -70,15 +72,26 @@ def unwound_by_signals() -> Iterator[None]:
     """
 
     def unwind(number: int, frame: FrameType | None) -> None:
-        if _would_be_lost(frame):
-            # Try again in a moment.
-            timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
-            timer.daemon = True
-            timer.start()
+        if _is_in_import(frame):
+            again(number)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
             raise Terminated(number)
+
+    def again(number: int) -> None:
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    def on_lost(lost: sys.UnraisableHookArgs) -> None:
+        # Of finalizers, garbage collection and weak references nothing that is raised gets out.
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            again(signal.SIGINT)
+        elif isinstance(lost.exc_value, Terminated):
+            again(lost.exc_value.number)
+        else:
+            hook(lost)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -91,27 +104,19 @@ def unwound_by_signals() -> Iterator[None]:
     }
     for number in ours:
         signal.signal(number, unwind)
+    hook, sys.unraisablehook = sys.unraisablehook, on_lost
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in ours.items():
             signal.signal(number, handler)
 
 
-def _would_be_lost(frame: FrameType | None) -> bool:
-    """Whether what is raised here may not arrive.
-
-    Python drops it in garbage collection, to which JAX listens, and in finalizers; and libraries
-    take it for a sign that what they import isn't there.
-
-    Args:
-        frame: What the signal interrupts.
-
-    Returns:
-        True in either of them, however deep.
-    """
+def _is_in_import(frame: FrameType | None) -> bool:
+    """Whether a module is imported: what is raised then is taken for a sign that it isn't there."""
     while frame is not None:
-        if frame.f_code.co_name in ("_xla_gc_callback", "__del__", "_find_and_load"):
+        if frame.f_code.co_name == "_find_and_load":
             return True
         frame = frame.f_back
     return False
@@ -203,8 +208,13 @@ def _describe(error: BaseException) -> tuple[str, int]:
     # Before all that memory's lack may look like, such as a file that can't be read.
     if any(_is_out_of_memory(each) for each in _chain(error)):
         return "out of memory; try a smaller --token_batch_size, or --fsdp", EXIT_INPUT
-    if any(_is_without_room_for_code(each) for each in _chain(error)):
-        return "out of memory while libraries are loaded; allow more (ulimit -v)", EXIT_INPUT
+    if (limit := _limit_of_memory_that_is_reached()) is not None and not isinstance(
+        error, ConfigError
+    ):
+        return (
+            f"out of memory: all {limit / 1e9:.1f} GB of ulimit -v are taken; allow more",
+            EXIT_INPUT,
+        )
     if isinstance(error, ConfigError):
         return str(error), EXIT_USAGE
     if isinstance(error, UserError):
@@ -250,10 +260,17 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _is_without_room_for_code(error: BaseException) -> bool:
-    # The words of the dynamic loader.
-    words = ("failed to map segment", "cannot allocate memory")
-    return isinstance(error, ImportError | OSError) and any(each in str(error) for each in words)
+def _limit_of_memory_that_is_reached() -> int | None:
+    """The bytes that the shell allows this process, if it has come close to taking them."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except (ImportError, OSError):  # Windows; macOS
+        return None
+    peak = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmPeak")), 0)
+    return limit if limit != resource.RLIM_INFINITY and peak > 0.9 * limit else None
 
 
 def _no_devices(error: BaseException) -> str | None:
