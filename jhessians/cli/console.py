@@ -208,13 +208,8 @@ def _describe(error: BaseException) -> tuple[str, int]:
     # Before all that memory's lack may look like, such as a file that can't be read.
     if any(_is_out_of_memory(each) for each in _chain(error)):
         return "out of memory; try a smaller --token_batch_size, or --fsdp", EXIT_INPUT
-    if (limit := _limit_of_memory_that_is_reached()) is not None and not isinstance(
-        error, ConfigError
-    ):
-        return (
-            f"out of memory: all {limit / 1e9:.1f} GB of ulimit -v are taken; allow more",
-            EXIT_INPUT,
-        )
+    if any(_may_lack_memory(each) for each in _chain(error)) and (limit := _reached_limit()):
+        return f"out of memory: ulimit -v allows {limit / 1e9:.1f} GB; allow more", EXIT_INPUT
     if isinstance(error, ConfigError):
         return str(error), EXIT_USAGE
     if isinstance(error, UserError):
@@ -260,8 +255,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _limit_of_memory_that_is_reached() -> int | None:
-    """The bytes that the shell allows this process, if it has come close to taking them."""
+def _may_lack_memory(error: BaseException) -> bool:
+    """Whether it is what libraries come up with that get no memory to load code or run threads."""
+    unnumbered = isinstance(error, OSError) and error.errno is None
+    return isinstance(error, ImportError | RuntimeError | SystemError) or unnumbered
+
+
+def _reached_limit() -> int | None:
+    """The bytes of addresses that a process may have, if this one has come close to them."""
     try:
         import resource
 
