@@ -262,16 +262,22 @@ def _may_lack_memory(error: BaseException) -> bool:
 
 
 def _reached_limit() -> int | None:
-    """The bytes of addresses that a process may have, if this one has come close to them."""
-    try:
-        import resource
-
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except (ImportError, OSError):  # Windows; macOS
+    """The `address_limit`, if this process has come close to it."""
+    limit, status = address_limit(), Path("/proc/self/status")
+    if limit is None or not status.is_file():
         return None
-    peak = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmPeak")), 0)
-    return limit if limit != resource.RLIM_INFINITY and peak > 0.9 * limit else None
+    table = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return limit if int(table["VmPeak"].split()[0]) * 1024 > 0.9 * limit else None
+
+
+def address_limit() -> int | None:
+    """The bytes of addresses that a process may have (`ulimit -v`); None if they aren't limited."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _no_devices(error: BaseException) -> str | None:
