@@ -11,11 +11,16 @@ import threading
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from textwrap import shorten
 from types import FrameType
 from typing import TextIO
 
+from jhessians.cli.memory import (
+    is_from_jax,
+    is_out_of_memory,
+    may_lack_memory,
+    reached_limit,
+)
 from jhessians.config.option import name_flags
 from jhessians.errors import ConfigError, UserError, printable
 
@@ -206,9 +211,9 @@ def _describe(error: BaseException) -> tuple[str, int]:
         if isinstance(cause, Terminated):
             return f"terminated by {cause}", cause.exit_code
     # Before all that memory's lack may look like, such as a file that can't be read.
-    if any(_is_out_of_memory(each) for each in _chain(error)):
+    if any(is_out_of_memory(each) for each in _chain(error)):
         return "out of memory; try a smaller --token_batch_size, or --fsdp", EXIT_INPUT
-    if any(_may_lack_memory(each) for each in _chain(error)) and (limit := _reached_limit()):
+    if any(may_lack_memory(each) for each in _chain(error)) and (limit := reached_limit()):
         return f"out of memory: ulimit -v allows {limit / 1e9:.1f} GB; allow more", EXIT_INPUT
     if isinstance(error, ConfigError):
         return str(error), EXIT_USAGE
@@ -245,41 +250,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         each = each.__cause__ or each.__context__
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    words = ("can't start new thread", "std::bad_alloc")
-    return (
-        isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (isinstance(error, RuntimeError) and any(each in str(error) for each in words))
-        or (_is_from_jax(error) and "RESOURCE_EXHAUSTED" in str(error))
-    )
-
-
-def _may_lack_memory(error: BaseException) -> bool:
-    """Whether it is what libraries come up with that get no memory to load code or run threads."""
-    unnumbered = isinstance(error, OSError) and error.errno is None
-    return isinstance(error, ImportError | RuntimeError | SystemError) or unnumbered
-
-
-def _reached_limit() -> int | None:
-    """The `address_limit`, if this process has come close to it."""
-    limit, status = address_limit(), Path("/proc/self/status")
-    if limit is None or not status.is_file():
-        return None
-    table = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return limit if int(table["VmPeak"].split()[0]) * 1024 > 0.9 * limit else None
-
-
-def address_limit() -> int | None:
-    """The bytes of addresses that a process may have (`ulimit -v`); None if they aren't limited."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return None if limit == resource.RLIM_INFINITY else limit
-
-
 def _no_devices(error: BaseException) -> str | None:
     """Why JAX has no devices; None if it has, or that isn't what the error is about."""
     jax = sys.modules.get("jax")
@@ -296,10 +266,4 @@ def _no_devices(error: BaseException) -> str | None:
 def _is_loss_of_a_host(error: BaseException) -> bool:
     # The words of the socket through which hosts talk.
     words = ("closed by peer", "reset by peer")
-    return _is_from_jax(error) and any(each in str(error) for each in words)
-
-
-def _is_from_jax(error: BaseException) -> bool:
-    # An error of JAX's cannot come up before JAX is imported, which --help never does.
-    jax = sys.modules.get("jax")
-    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+    return is_from_jax(error) and any(each in str(error) for each in words)

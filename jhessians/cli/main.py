@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from jhessians.cli.console import (
-    address_limit,
     errors_name_flags,
     quiet_libraries,
     report_failure,
     unwound_by_signals,
 )
+from jhessians.cli.memory import require_addresses
 from jhessians.cli.parsers import PROGRAM, build_parser, normalize_flags
 from jhessians.cli.streams import lasting_streams
 from jhessians.commands.command import Command
@@ -30,9 +30,6 @@ from jhessians.config.option import check_all, options_of
 from jhessians.errors import ConfigError, OutputError, did_you_mean, printable
 from jhessians.interop.rundir import require_apart
 from jhessians.version import __version__
-
-LEAST_ADDRESSES = 3_000_000_000
-"""On two cores the smallest run takes 2.5 GB, the demo 3.1."""
 
 
 def parse(command: Command, arguments: Sequence[str]) -> Any:
@@ -101,25 +98,11 @@ def run(command: Command, arguments: Sequence[str], *, on_debug: Callable[[], No
         _float64(config.needs_float64),
     ):
         if command.compiles:
-            _require_addresses()
+            require_addresses()
             _keep_compilations()
         said = command.run(config)
     if said is not None and not config.quiet:
         _say(said, is_result=command.shows)
-
-
-def _require_addresses() -> None:
-    """Refuse a limit under which the compiler aborts, as it does when an allocation fails.
-
-    Raises:
-        ConfigError: If `ulimit -v` is that low.
-    """
-    limit = address_limit()
-    if limit is not None and limit < LEAST_ADDRESSES:
-        raise ConfigError(
-            f"ulimit -v allows {limit / 1e9:.1f} GB of addresses, too few for JAX's compiler; "
-            f"allow {LEAST_ADDRESSES / 1e9:.0f} GB or more"
-        )
 
 
 def _keep_compilations() -> None:
