@@ -7,8 +7,8 @@ needs to know, and `check` turns a value from a terminal or a file into the fiel
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -43,7 +43,7 @@ class Option:
         unit: Unit of an integer, such as "tokens".
         metavar: Placeholder for the value in `--help`.
         choices: The only values allowed, if any.
-        minimum: Smallest number allowed.
+        minimum: Smallest number allowed; `-LARGEST_INTEGER` of integers that don't say.
         maximum: Largest number allowed; `LARGEST_INTEGER` of integers that don't say.
         default_text: The default in words, where the value alone says too little.
         words: Words that are allowed where a number is expected.
@@ -182,12 +182,15 @@ def check(option: Option, value: Any) -> Any:
 def _in_range(option: Option, value: float) -> float:
     """The number, a float if the option's is one, once its size is checked."""
     is_whole = option.value_type == "integer"
-    maximum = LARGEST_INTEGER if is_whole and option.maximum is None else option.maximum
-    if option.minimum is not None and value < option.minimum:
-        wrong = f"must be at least {option.minimum}"
+    minimum, maximum = option.minimum, option.maximum
+    if is_whole:
+        minimum = -LARGEST_INTEGER if minimum is None else minimum
+        maximum = LARGEST_INTEGER if maximum is None else maximum
+    if minimum is not None and value < minimum:
+        wrong = f"must be at least {minimum}"
     elif maximum is not None and value > maximum:
         wrong = f"must be at most {maximum}"
-    elif abs(value) == math.inf or value != value:
+    elif not is_whole and not abs(value) <= sys.float_info.max:
         wrong = "takes a finite number"
     else:
         return value if is_whole else float(value)

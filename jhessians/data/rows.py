@@ -139,7 +139,7 @@ def _readable(error: Exception, dataset: str, split: str, path: Path) -> Dataset
     """One line about an exception from `datasets`."""
     from datasets.exceptions import DatasetNotFoundError
 
-    if any(isinstance(each, UnicodeDecodeError) for each in _chain(error)):
+    if _wrong_byte(path):
         return not_utf8(dataset)
     # "An error occurred while generating the dataset" says nothing; its cause does.
     cause = error
@@ -167,32 +167,32 @@ def _readable(error: Exception, dataset: str, split: str, path: Path) -> Dataset
 
 
 def not_utf8(dataset: str) -> DatasetError:
-    """What to say of text in another encoding: where, in which, and how to mend it.
+    """What to say of text in another encoding.
 
     Args:
         dataset: As in `open_rows`.
 
     Returns:
-        One line; without a place if the data set is no single file.
+        One line: where, in which, and how to mend it; no place if the data set is no single file.
     """
-    remedy = "save it as UTF-8, for example by `iconv -f LATIN1 -t UTF-8`"
-    path = Path(dataset).expanduser()
-    for number, line in enumerate(path.open("rb") if path.is_file() else (), start=1):
-        try:
-            line.decode()
-        except UnicodeDecodeError as error:
-            byte = line[error.start]
-            kind = "UTF-16" if number == 1 and line[:2] in _UTF_16 else "Latin-1 or the like"
-            return DatasetError(
-                f"{dataset!r}, line {number}: byte 0x{byte:02x} is no UTF-8, but {kind}; {remedy}"
-            )
-    return DatasetError(f"the data set {dataset!r} has text that is no UTF-8; {remedy}")
+    where, kind = _wrong_byte(Path(dataset).expanduser()) or ("", "another encoding")
+    return DatasetError(
+        f"the data set {dataset!r}{where} is no UTF-8, but {kind}; save it as UTF-8, for example "
+        "by `iconv -f LATIN1 -t UTF-8`"
+    )
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
+def _wrong_byte(path: Path) -> tuple[str, str] | None:
+    """Where a file's text first isn't UTF-8, and what it may be; None if it nowhere is."""
+    if path.is_file() and FILE_READERS.get(path.suffix.lower()) != "parquet":
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    kind = "UTF-16" if line[:2] in _UTF_16 else "Latin-1 or the like"
+                    return f", line {number}, byte 0x{line[error.start]:02x}", kind
+    return None
 
 
 def one_line(error: BaseException) -> str:
