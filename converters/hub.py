@@ -85,7 +85,7 @@ def find(name_or_folder: str | Path, revision: str | None = None) -> Source:
 
     Raises:
         CheckpointError: If there is no such folder, or the Hub has no such model or can't be
-            reached; or an adapter's base model is missing.
+            reached; a folder is asked for a revision; or an adapter's base model is missing.
     """
     source = _find(name_or_folder, revision)
     if not source.obtain(ADAPTER_CONFIG):
@@ -102,7 +102,8 @@ def find(name_or_folder: str | Path, revision: str | None = None) -> Source:
     try:
         if not Path(base).is_dir() and beside.is_dir():
             return replace(_find(beside, None), adapter=source)
-        return replace(_find(base, settings.get("revision")), adapter=source)
+        revision = None if Path(base).is_dir() else settings.get("revision")
+        return replace(_find(base, revision), adapter=source)
     except CheckpointError as error:
         raise CheckpointError(
             f"the adapter {name_or_folder} needs its base model: {error}; or correct "
@@ -115,6 +116,11 @@ def _find(name_or_folder: str | Path, revision: str | None) -> Source:
     name = str(name_or_folder)
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"`revision` {revision!r} is given, but {name} is a folder, which has none; "
+                "leave it out, or give a name on the Hub"
+            )
         return Source(folder)
     if isinstance(name_or_folder, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name} isn't a folder; expected one, or a name on the Hub")
@@ -155,6 +161,7 @@ def tokenizer_of(source: Source) -> Any:
         return None
     from transformers import AutoTokenizer
 
+    where = source.repository or source.folder
     try:
         for path in source.folder.iterdir():
             if path.suffix in TOKENIZER_SUFFIXES and path.exists():
@@ -162,11 +169,16 @@ def tokenizer_of(source: Source) -> Any:
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from None
     try:
-        return AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True)
     except Exception as error:  # transformers raises whatever a broken file leads to
         reason = " ".join(str(error).split())
-        where = source.repository or source.folder
         raise CheckpointError(f"the tokenizer of {where} can't be loaded: {reason}") from None
+    if tokenizer.vocab_size == 0:  # what transformers makes of settings without a vocabulary
+        raise CheckpointError(
+            f"the tokenizer of {where} has no vocabulary; add its tokenizer.json, or name another "
+            "`tokenizer`"
+        )
+    return tokenizer
 
 
 def _download(repository: str, revision: str | None, file: str) -> Path:
@@ -188,6 +200,8 @@ def _download(repository: str, revision: str | None, file: str) -> Path:
         reason, remedy = f"it has no revision {revision!r}", "give a branch, tag or commit it has"
     except Exception as error:  # whatever the connection, the Hub or the disk comes up with
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.filename:
+            remedy = "set HF_HOME to a folder that can be written"
     raise CheckpointError(f"cannot get {file} of {repository}: {reason}; {remedy}")
 
 

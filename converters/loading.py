@@ -90,6 +90,7 @@ def load(
 
     source.obtain_weights()
     checkpoint = open_checkpoint(source.folder)
+    matching.check_count(family, parameter_shapes(model), checkpoint)
     wanted = rules.homes(family, parameter_shapes(model))
     stored = matching.match(family, wanted, checkpoint)
     matching.check_tied(family, wanted, checkpoint)

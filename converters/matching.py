@@ -5,9 +5,28 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from converters import rules
 from converters.reader import Checkpoint, StoredTensor
 from converters.rules import Family, Home
 from jhessians.errors import CheckpointError
+
+MANY = 1000
+
+
+def check_count(
+    family: Family, shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint
+) -> None:
+    """Refuse a config that makes far more tensors than there are, before each is looked for.
+
+    Raises:
+        CheckpointError: If the number of layers, or of experts, can't be right.
+    """
+    wanted, there = rules.count(family, shapes), len(checkpoint.tensors)
+    if wanted > 2 * there + MANY:
+        raise CheckpointError(
+            f"{checkpoint.folder} doesn't fit its config.json ({family.model_type}), whose layers "
+            f"have {wanted} tensors, while the files hold {there}; check the number of layers there"
+        )
 
 
 def match(

@@ -128,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = read_any_json(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} isn't valid JSON; download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no table; download it again")

@@ -40,7 +40,7 @@ from converters import (
 from converters.origin import Origin
 from converters.reader import read_json
 from converters.rules import Family, module_names
-from converters.settings import check_neutral
+from converters.settings import check_neutral, check_sizes
 from jhessians.errors import CheckpointError, quoted, shown
 from jhessians.models.config import DecoderConfig
 from jhessians.models.decoder import Decoder
@@ -94,9 +94,19 @@ def decoder_config(config: Any) -> DecoderConfig:
     Raises:
         CheckpointError: If the config asks for something that the decoder doesn't have.
     """
+    check_sizes(config)
     family = family_of(config)
     check_neutral(family, config)
-    ours = family.config(config)
+    try:
+        ours = family.config(config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Settings of the wrong kind: a word for a number, a table without its entries.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"config.json isn't a valid {family.model_type} config: {reason}; compare it with the "
+            "model's original one"
+        ) from error
+    _check_decoder(ours)
     heads, shared = ours.attention.heads, ours.attention.key_value_heads
     if heads % shared:
         raise CheckpointError(
@@ -104,6 +114,28 @@ def decoder_config(config: Any) -> DecoderConfig:
             "heads; expected a divisor of the heads"
         )
     return ours
+
+
+def _check_decoder(ours: DecoderConfig) -> None:
+    """Refuse a decoder with a part of no size."""
+    attention, mlps = ours.attention, [ours.mlp]
+    if ours.experts is not None:
+        mlps = [each for each in (ours.experts.mlp, ours.experts.shared) if each is not None]
+    sizes = {
+        "features per head": [attention.head_size],
+        "heads": [attention.heads, attention.key_value_heads],
+        "features that are rotated": [rope.dimensions for rope in attention.ropes],
+        "features of an MLP": [mlp.size for mlp in mlps],
+        "positions of a window": [size for size in attention.windows if size is not None],
+        "positions": [ours.positions],
+    }
+    for what, counts in sizes.items():
+        for count in counts:
+            if type(count) is not int or count < 1:
+                raise CheckpointError(
+                    f"config.json makes a decoder of {count!r} {what}; expected 1 or more; "
+                    "compare it with the model's original one"
+                )
 
 
 def create(config: Any, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> Decoder:
@@ -157,7 +189,7 @@ def read_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder} has no config.json; {hint}")
     raw = read_json(path)
     text = raw.get("text_config")
-    if raw.get("model_type") not in _FAMILIES and isinstance(text, dict):
+    if raw.get("model_type") not in supported() and isinstance(text, dict):
         raise CheckpointError(
             f"{path} describes a multimodal model ({raw.get('model_type')}); expected one of text "
             f"alone; save its text model, of model_type {text.get('model_type', 'unknown')!r}, "

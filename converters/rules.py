@@ -5,6 +5,7 @@ out there. `{layer}` in a tensor's name (or any other word in braces) stands for
 leading axis of our parameter: one stacked array of ours is many tensors of theirs.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -186,6 +187,16 @@ def homes(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Ho
     if forgotten := sorted(path for path in shapes if missing.get(path, 1)):
         raise ValueError(f"{family.model_type}'s table has no rule for {', '.join(forgotten)}")
     return found
+
+
+def count(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many tensors `homes` would find, told without naming them."""
+    leading = (
+        shapes[rule.ours][: len(_placeholders(rule.theirs))]
+        for rule in family.rules
+        if rule.ours in shapes
+    )
+    return sum(map(math.prod, leading))
 
 
 def module_names(family: Family) -> dict[str, str]:

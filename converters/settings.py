@@ -4,6 +4,7 @@ A family's config function reads the settings that its architecture has. Any oth
 table must be at rest, for our decoder would pass over it in silence.
 """
 
+import reprlib
 from typing import Any
 
 from converters.rules import Family
@@ -35,6 +36,32 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (None, False),
     "use_qk_norm": (None, False),
 }
+
+SIZES: dict[str, int] = dict.fromkeys(
+    (
+        "hidden_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size",
+        "moe_intermediate_size", "shared_expert_intermediate_size", "word_embed_proj_dim",
+        "num_attention_heads", "num_key_value_heads", "num_kv_heads", "head_dim", "vocab_size",
+    ),
+    2**24,
+) | {"num_hidden_layers": 100_000, "max_position_embeddings": 2**31 - 1}  # fmt: skip
+"""Settings that count something, and the most that any model of this century has of it."""
+
+
+def check_sizes(config: Any) -> None:
+    """Refuse sizes that no model has, before anything is computed from them.
+
+    Raises:
+        CheckpointError: If one is no whole number, below one or absurd.
+    """
+    for name, largest in SIZES.items():
+        given = getattr(config, name, None)
+        if given is not None and not (type(given) is int and 1 <= given <= largest):
+            name = getattr(config, "attribute_map", {}).get(name, name)
+            raise CheckpointError(
+                f"config.json sets {name} to {reprlib.repr(given)}; expected a whole number from "
+                f"1 to {largest}"
+            )
 
 
 def check_neutral(family: Family, config: Any) -> None:

@@ -19,7 +19,7 @@ from converters.flax_checkpoint import is_flax
 from converters.loading import STORED, load, parameters
 from converters.reader import open_checkpoint
 from converters.saving import to_theirs
-from jhessians.errors import CheckpointError, NumericsError, UserError
+from jhessians.errors import CheckpointError, NumericsError, UserError, printable
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         report = verify(options.model, revision=options.revision)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     print(
         f"{options.model}: {report.model_type}, {report.tensors} tensors, {report.parameters:,} "

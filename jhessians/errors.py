@@ -5,6 +5,7 @@ prints it and exits non-zero; a library caller catches `UserError` or one of its
 """
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 
@@ -60,5 +61,26 @@ def quoted(value: object) -> str:
 
 def shown(text: str, *, limit: int = 200) -> str:
     """Words from a file in a message: short, on one line, and without control characters."""
-    text = text if text.isprintable() else ascii(text)[1:-1]
+    text = printable(text.replace("\n", "\\n"))
     return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+_CONTROLS = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f"  # of terminals, but for the line feed
+    "\u2028\u2029\u202a-\u202e\u2066-\u2069"  # of lines, and of the direction of writing
+    "\ud800-\udfff]"  # bytes of a file's name that are no UTF-8
+)
+
+
+def printable(text: str) -> str:
+    """The text with every character that commands a terminal written as in Python.
+
+    Names of files, tensors and columns, and texts of documents, are other people's.
+
+    Args:
+        text: May have several lines.
+
+    Returns:
+        The same lines, safe to print.
+    """
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -15,8 +15,14 @@ from textwrap import shorten
 from types import FrameType
 from typing import TextIO
 
+from jhessians.cli.memory import (
+    is_from_jax,
+    is_out_of_memory,
+    may_lack_memory,
+    reached_limit,
+)
 from jhessians.config.option import name_flags
-from jhessians.errors import ConfigError, UserError
+from jhessians.errors import ConfigError, UserError, printable
 from jhessians.fitting.grace import Terminated, ask
 
 NOISY_LIBRARIES = (
@@ -63,15 +69,26 @@ def unwound_by_signals() -> Iterator[None]:
     """
 
     def unwind(number: int, frame: FrameType | None) -> None:
-        if _is_in_callback(frame):
-            # Python drops what is raised there: try again in a moment.
-            timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
-            timer.daemon = True
-            timer.start()
+        if _is_in_import(frame):
+            again(number)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         elif not ask(number):
             raise Terminated(number)
+
+    def again(number: int) -> None:
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    def on_lost(lost: sys.UnraisableHookArgs) -> None:
+        # Of finalizers, garbage collection and weak references nothing that is raised gets out.
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            again(signal.SIGINT)
+        elif isinstance(lost.exc_value, Terminated):
+            again(lost.exc_value.number)
+        else:
+            hook(lost)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -84,17 +101,19 @@ def unwound_by_signals() -> Iterator[None]:
     }
     for number in ours:
         signal.signal(number, unwind)
+    hook, sys.unraisablehook = sys.unraisablehook, on_lost
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in ours.items():
             signal.signal(number, handler)
 
 
-def _is_in_callback(frame: FrameType | None) -> bool:
-    """Whether garbage collection is what runs: JAX listens to it, and objects have finalizers."""
+def _is_in_import(frame: FrameType | None) -> bool:
+    """Whether a module is imported: what is raised then is taken for a sign that it isn't there."""
     while frame is not None:
-        if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
+        if frame.f_code.co_name == "_find_and_load":
             return True
         frame = frame.f_back
     return False
@@ -152,17 +171,20 @@ def _log_warning(
 
 
 def one_line(text: str) -> str:
-    """The text with every run of white space, line breaks included, as one space."""
-    return " ".join(text.split())
+    """The text, safe to print, with every run of white space, line breaks included, as a space."""
+    return printable(" ".join(text.split()))
 
 
 @contextmanager
 def errors_name_flags(names: Collection[str]) -> Iterator[None]:
-    """Let every `UserError` from inside pass on with its message treated by `name_flags`."""
+    """Let every `UserError` from inside, and every error's notes, pass treated by `name_flags`."""
     try:
         yield
-    except UserError as error:
-        error.args = (name_flags(str(error), names),)
+    except BaseException as error:
+        if isinstance(error, UserError):
+            error.args = (name_flags(str(error), names),)
+        if notes := getattr(error, "__notes__", None):
+            notes[:] = [name_flags(each, names) for each in notes]
         raise
 
 
@@ -179,24 +201,35 @@ def report_failure(error: BaseException) -> int:
 
 
 def _describe(error: BaseException) -> tuple[str, int]:
+    for cause in _chain(error):  # an import that a signal ends raises what it likes
+        if isinstance(cause, KeyboardInterrupt):
+            return "interrupted", EXIT_INTERRUPTED
+        if isinstance(cause, Terminated):
+            return f"terminated by {cause}", cause.exit_code
+    # Before all that memory's lack may look like, such as a file that can't be read.
+    if any(is_out_of_memory(each) for each in _chain(error)):
+        return "out of memory; try a smaller --token_batch_size, or --fsdp", EXIT_INPUT
+    if any(may_lack_memory(each) for each in _chain(error)) and (limit := reached_limit()):
+        return f"out of memory: ulimit -v allows {limit / 1e9:.1f} GB; allow more", EXIT_INPUT
     if isinstance(error, ConfigError):
         return str(error), EXIT_USAGE
     if isinstance(error, UserError):
         return str(error), EXIT_INPUT
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", EXIT_INTERRUPTED
-    if isinstance(error, Terminated):
-        return f"terminated by {error}", error.exit_code
     for cause in _chain(error):
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {cause.filename}" if cause.filename else ""
             return f"the disk is full{where}; free some space and run again", EXIT_INPUT
-    if isinstance(error, MemoryError) or _is_out_of_device_memory(error):
-        return "out of memory; try a smaller --token_batch_size, or --fsdp", EXIT_INPUT
     if _is_loss_of_a_host(error):
         return "another process of this run ended; see its own message", EXIT_INPUT
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename or error}; choose another path", EXIT_INPUT
+    if (reason := _no_devices(error)) is not None:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        return (
+            f"JAX finds no devices with JAX_PLATFORMS={platforms!r}{reason}; give cpu, or what is "
+            "installed, or leave the variable out",
+            EXIT_INPUT,
+        )
     detail = shorten(f"{type(error).__name__}: {error}".removesuffix(": "), LONGEST_DETAIL)
     return (
         f"unexpected {detail} (run again with --debug for a traceback, and please report it)",
@@ -213,17 +246,20 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         each = each.__cause__ or each.__context__
 
 
-def _is_out_of_device_memory(error: BaseException) -> bool:
-    return _is_from_jax(error) and "RESOURCE_EXHAUSTED" in str(error)
+def _no_devices(error: BaseException) -> str | None:
+    """Why JAX has no devices; None if it has, or that isn't what the error is about."""
+    jax = sys.modules.get("jax")
+    if jax is None or not isinstance(error, RuntimeError | AssertionError):
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as again:
+        reason = str(again).split(" (set JAX_PLATFORMS")[0].rstrip(".")
+        return f": {reason}" if reason else ""
+    return None
 
 
 def _is_loss_of_a_host(error: BaseException) -> bool:
     # The words of the socket through which hosts talk.
     words = ("closed by peer", "reset by peer")
-    return _is_from_jax(error) and any(each in str(error) for each in words)
-
-
-def _is_from_jax(error: BaseException) -> bool:
-    # An error of JAX's cannot come up before JAX is imported, which --help never does.
-    jax = sys.modules.get("jax")
-    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+    return is_from_jax(error) and any(each in str(error) for each in words)

@@ -21,12 +21,14 @@ from jhessians.cli.console import (
     report_failure,
     unwound_by_signals,
 )
+from jhessians.cli.memory import require_addresses
 from jhessians.cli.parsers import PROGRAM, build_parser, normalize_flags
+from jhessians.cli.streams import lasting_streams
 from jhessians.commands.command import Command
 from jhessians.commands.table import COMMANDS
 from jhessians.config.option import check_all, options_of
 from jhessians.config.replay import contents_of_run, unfinished_path
-from jhessians.errors import ConfigError, did_you_mean
+from jhessians.errors import ConfigError, OutputError, did_you_mean, printable
 from jhessians.interop.rundir import require_apart
 from jhessians.version import __version__
 
@@ -53,11 +55,14 @@ def parse(command: Command, arguments: Sequence[str]) -> Any:
     contents: dict[str, str] = {}
     if (replayed := given.pop("config", None)) is not None:
         # Replacing a folder is a decision for today, not one to repeat from a file.
-        earlier = replace(command.config.from_yaml(replayed), overwrite=False)
-        values = earlier.resolved_dict() | {"resume": False}
+        resumed = unfinished_path(Path(replayed)) if given.get("resume") else {}
+        run_path = given.get("run_path") or resumed.get("run_path")
+        earlier = command.config.from_yaml(replayed, run_path=run_path)
+        earlier = replace(earlier, overwrite=False)
+        values = earlier.resolved_dict() | resumed
+        if "resume" in values:
+            values["resume"] = False
         contents = contents_of_run(Path(replayed))
-        if given.get("resume"):  # where it was, under whatever name
-            values |= unfinished_path(Path(replayed))
     places = [each.name for each in command.positionals]
     values |= {name: given.pop(name) for name in places if name in given}
     for each in command.positionals:
@@ -102,10 +107,11 @@ def run(command: Command, arguments: Sequence[str], *, on_debug: Callable[[], No
         _float64(config.needs_float64),
     ):
         if command.compiles:
+            require_addresses()
             _keep_compilations()
         said = command.run(config)
     if said is not None and not config.quiet:
-        _say(said)
+        _say(said, is_result=command.shows)
 
 
 def _keep_compilations() -> None:
@@ -141,13 +147,24 @@ def _float64(wanted: bool) -> Iterator[None]:
         jax.config.update("jax_enable_x64", before)
 
 
-def _say(text: str) -> None:
-    """Print on standard output, whose reader, such as `head`, may have left."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes once more when it ends, and would complain then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _say(text: str, *, is_result: bool = True) -> None:
+    """Print on standard output.
+
+    Args:
+        text: Lines.
+        is_result: Whether they are all that was asked for, so that it matters if they get lost;
+            but never if a reader, such as `head`, has left.
+
+    Raises:
+        OutputError: If they matter and can't be written.
+    """
+    print(printable(text), flush=True)
+    failure = getattr(sys.stdout, "failure", None)
+    if is_result and failure is not None and not isinstance(failure, BrokenPipeError):
+        raise OutputError(
+            f"cannot write to standard output: {failure.strerror or failure}; "
+            "send it somewhere else"
+        )
 
 
 def _top_help() -> str:
@@ -200,10 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         debug = True
 
     try:
-        with unwound_by_signals():
+        with lasting_streams(), unwound_by_signals():
             _dispatch(sys.argv[1:] if arguments is None else list(arguments), on_debug)
     except BaseException as error:
-        if debug:
-            traceback.print_exc()
-        return report_failure(error)
+        with lasting_streams():
+            if debug:
+                print(printable(traceback.format_exc()), file=sys.stderr)
+            return report_failure(error)
     return 0

@@ -19,6 +19,7 @@ from jhessians.config.option import (
 from jhessians.errors import ConfigError, did_you_mean
 
 PROGRAM = "jhessians"
+LONGEST_MESSAGE = 300
 SPELLINGS = "Flags may be spelt with - or _, and a bare --flag means --flag true."
 
 
@@ -27,7 +28,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with argparse's message."""
-        raise ConfigError(message.removeprefix("argument "))
+        message = message.removeprefix("argument ")
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[:LONGEST_MESSAGE]} ..."
+        raise ConfigError(message)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -53,6 +53,7 @@ class Command:
         run: Does it, given a config that was validated, and returns what is left to say, or None
             on hosts that have nothing to say.
         replays: Whether an earlier run's options can be taken with `--config`.
+        shows: Whether what is left to say is all that was asked for, so that it must be said.
         compiles: Whether XLA's compilations are worth keeping for the next run.
     """
 
@@ -65,4 +66,5 @@ class Command:
     positionals: tuple[Positional, ...]
     run: Callable[[Any], str | None]
     replays: bool = False
+    shows: bool = False
     compiles: bool = False

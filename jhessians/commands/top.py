@@ -120,4 +120,5 @@ TOP = Command(
         Positional("scores", "Folder that jhessians score wrote.", "jhessians top scores/demo"),
     ),
     run=top,
+    shows=True,
 )

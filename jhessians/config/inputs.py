@@ -114,6 +114,7 @@ class InputOptions:
         metavar="TOKENS",
         unit="tokens",
         minimum=2,
+        maximum=2**63 - 1,
         default_text="each document once",
         bergson="index_cfg.max_tokens",
     )

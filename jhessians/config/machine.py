@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import Literal
 
 from jhessians.config.option import option
+from jhessians.errors import ConfigError
 from jhessians.interop.layout import Layout
 
 MACHINE = "machine"
 OUTPUT = "output"
+
+SPARE_FILES = 64
+"""Beside the shards: libraries, sockets, the model's own files."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,14 @@ class DeviceOptions:
 class MachineOptions(DeviceOptions):
     """Where a fit computes."""
 
-    module_partitions: int = option(
+    module_partitions: int | Literal["auto"] = option(
         1,
         "Fit the modules in so many groups, one after the other, each with passes of its own: "
         "fewer factors are in memory at a time. auto: as few groups as memory needs.",
         group=MACHINE,
         metavar="N",
-        minimum=0,
-        words={"auto": 0},
+        minimum=1,
+        words=("auto",),
         default_text="1, all at once",
         bergson="hessian_cfg.module_partitions",
     )
@@ -91,6 +97,19 @@ class OutputOptions:
         group=OUTPUT,
         choices=("both", "bergson", "influence_results"),
     )
+
+    def check_together(self) -> None:
+        """Refuse more shards than files can be open.
+
+        Raises:
+            ConfigError: If a factor's files, which are written side by side, are too many.
+        """
+        most = _open_files() - SPARE_FILES
+        if self.num_shards is not None and self.num_shards > most:
+            raise ConfigError(
+                f"--num_shards {self.num_shards} needs as many open files, and the system allows "
+                f"this process {most} (ulimit -n); give fewer"
+            )
 
 
 @dataclass(frozen=True)
@@ -165,3 +184,13 @@ class ConsoleOptions:
         group=OUTPUT,
         bergson="index_cfg.debug",
     )
+
+
+def _open_files() -> int:
+    """How many files a process may have open."""
+    try:
+        import resource
+    except ImportError:  # Windows, whose C library has 8192
+        return 8192
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft

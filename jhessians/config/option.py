@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -25,6 +26,8 @@ _TYPES: dict[str, tuple[Any, str]] = {
 }
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
+LARGEST_INTEGER = 2**31 - 1
+"""Of options that don't say otherwise: devices count in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class Option:
         unit: Unit of an integer, such as "tokens".
         metavar: Placeholder for the value in `--help`.
         choices: The only values allowed, if any.
-        minimum: Smallest number allowed.
-        maximum: Largest number allowed.
+        minimum: Smallest number allowed; `-LARGEST_INTEGER` of integers that don't say.
+        maximum: Largest number allowed; `LARGEST_INTEGER` of integers that don't say.
         default_text: The default in words, where the value alone says too little.
-        words: Words that stand for numbers.
+        words: Words that are allowed where a number is expected.
         bergson: Dotted place in bergson's config.yaml, empty if the option is ours alone.
     """
 
@@ -58,7 +61,7 @@ class Option:
     minimum: float | None = None
     maximum: float | None = None
     default_text: str = ""
-    words: Mapping[str, int] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
     bergson: str = ""
 
     @property
@@ -154,24 +157,46 @@ def check(option: Option, value: Any) -> Any:
         words = value.split(",") if isinstance(value, str) else value
         if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
             raise ConfigError(f"--{option.name} takes a list of names, got {value!r}")
-        return tuple(part for word in words for part in word.replace(",", " ").split())
-    value = option.words.get(value, value) if isinstance(value, str) else value
+        names = tuple(part for word in words for part in word.replace(",", " ").split())
+        if words and not names:
+            raise ConfigError(
+                f"--{option.name} is empty; give names, or leave it out for "
+                f"{option.default_in_words}"
+            )
+        return names
+    if isinstance(value, str) and value in option.words:
+        return value
     expected, words = _TYPES[option.value_type]
     # A bool is an int to Python, yet `seed: true` is a slip.
     if not isinstance(value, expected) or (option.value_type != "flag" and isinstance(value, bool)):
+        words = " or ".join((words, *option.words))
         raise ConfigError(f"--{option.name} takes {words}, got {value!r}")
-    if option.value_type == "number":
-        value = float(value)
     if option.choices and value not in option.choices:
         hint = did_you_mean(value, option.choices)
         raise ConfigError(
             f"--{option.name} {value!r} is not one of {', '.join(option.choices)}{hint}"
         )
-    if option.minimum is not None and value < option.minimum:
-        raise ConfigError(f"--{option.name} must be at least {option.minimum}, got {value}")
-    if option.maximum is not None and value > option.maximum:
-        raise ConfigError(f"--{option.name} must be at most {option.maximum}, got {value}")
-    return value
+    return _in_range(option, value) if option.value_type in ("integer", "number") else value
+
+
+def _in_range(option: Option, value: float) -> float:
+    """The number, a float if the option's is one, once its size is checked."""
+    is_whole = option.value_type == "integer"
+    minimum, maximum = option.minimum, option.maximum
+    if is_whole:
+        minimum = -LARGEST_INTEGER if minimum is None else minimum
+        maximum = LARGEST_INTEGER if maximum is None else maximum
+    if minimum is not None and value < minimum:
+        wrong = f"must be at least {minimum}"
+    elif maximum is not None and value > maximum:
+        wrong = f"must be at most {maximum}"
+    elif not is_whole and not abs(value) <= sys.float_info.max:
+        wrong = "takes a finite number"
+    else:
+        return value if is_whole else float(value)
+    # Python writes no integer of more than 4300 digits.
+    shown = value if isinstance(value, float) or value.bit_length() < 256 else "one far beyond"
+    raise ConfigError(f"--{option.name} {wrong}, got {shown}")
 
 
 def check_all(

@@ -66,8 +66,12 @@ class Replayable:
         return cls(run_path=run_path, **checked)  # type: ignore[call-arg]
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
+    def from_yaml(cls, path: str | Path, *, run_path: str | None = None) -> Self:
         """The config of an earlier run, from its config.yaml or the folder that holds it.
+
+        Args:
+            path: The file or the folder.
+            run_path: Another folder to write than the earlier run's.
 
         Returns:
             A config that makes the same run again.
@@ -75,7 +79,8 @@ class Replayable:
         Raises:
             ConfigError: If the file is missing, is no YAML or holds no options of ours.
         """
-        return cls.from_dict(read_options(path, cls.command), where=str(path))
+        other = {} if run_path is None else {"run_path": run_path}
+        return cls.from_dict(read_options(path, cls.command) | other, where=str(path))
 
 
 def contents_of_run(path: Path) -> dict[str, str]:

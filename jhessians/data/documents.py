@@ -150,6 +150,15 @@ def _leading(piece: Piece, count: int) -> Piece:
 
 def _repeated(piece: Piece, max_tokens: int) -> Piece:
     """All documents as often as they fit into `max_tokens`, then as many leading ones as fit."""
+    from jhessians.devices.memory import free_on_host
+
+    arrays = 1 if piece.labels is None else 2
+    needed, free = 4 * arrays * max_tokens, free_on_host()
+    if needed > free:
+        raise DatasetError(
+            f"`max_tokens` {max_tokens} takes {needed / 1e9:.0f} GB for the tokens alone, where "
+            f"{free / 1e9:.0f} GB are free: give fewer"
+        )
     rounds, left = divmod(max_tokens, len(piece.tokens))
     last = _leading(piece, int(np.searchsorted(np.cumsum(piece.lengths), left, side="right")))
     tokens, labels, lengths = (

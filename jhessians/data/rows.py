@@ -7,6 +7,7 @@ larger than memory can be opened. Whatever exception it raises becomes an error 
 import difflib
 import glob
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ FILE_READERS = {
 
 # How the messages of `datasets` about a split begin.
 _SPLIT_ERRORS = ("Unknown split", "Unrecognized instruction", "Bad split", "Percent slice")
+
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 _NOISY_LOGGERS = ("datasets", "huggingface_hub", "transformers")
 
@@ -68,6 +71,8 @@ def open_rows(dataset: str, *, split: str = "train", subset: str | None = None) 
 
     from datasets import load_dataset, load_from_disk
 
+    if not is_saved:
+        _require_cache()
     try:
         _require_ordinary(path)
         if is_saved:
@@ -94,6 +99,23 @@ def _require_ordinary(path: Path) -> None:
         require_ordinary(each)
         if each.is_dir():
             require_ordinary_files(each)
+
+
+def _require_cache() -> None:
+    """Check that `datasets` can keep there what it makes of a data set."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    cache, reason = Path(HF_DATASETS_CACHE), "no permission"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK):
+            return
+    except OSError as error:
+        reason = error.strerror or reason
+    raise DatasetError(
+        f"the cache of data sets, {cache}, can't be written ({reason}); set HF_HOME to a folder "
+        "that can be"
+    )
 
 
 def _no_rows(dataset: str, split: str) -> DatasetError:
@@ -138,6 +160,8 @@ def _readable(error: Exception, dataset: str, split: str, path: Path) -> Dataset
     """One line about an exception from `datasets`."""
     from datasets.exceptions import DatasetNotFoundError
 
+    if _wrong_byte(path):
+        return not_utf8(dataset)
     # "An error occurred while generating the dataset" says nothing; its cause does.
     cause = error
     while isinstance(cause.__cause__, Exception):
@@ -161,6 +185,35 @@ def _readable(error: Exception, dataset: str, split: str, path: Path) -> Dataset
     if isinstance(error, FileNotFoundError):
         return DatasetError(f"{dataset!r}: no data found ({one_line(error)})")
     return DatasetError(f"the data set {dataset!r} can't be read: {reason}")
+
+
+def not_utf8(dataset: str) -> DatasetError:
+    """What to say of text in another encoding.
+
+    Args:
+        dataset: As in `open_rows`.
+
+    Returns:
+        One line: where, in which, and how to mend it; no place if the data set is no single file.
+    """
+    where, kind = _wrong_byte(Path(dataset).expanduser()) or ("", "another encoding")
+    return DatasetError(
+        f"the data set {dataset!r}{where} is no UTF-8, but {kind}; save it as UTF-8, for example "
+        "by `iconv -f LATIN1 -t UTF-8`"
+    )
+
+
+def _wrong_byte(path: Path) -> tuple[str, str] | None:
+    """Where a file's text first isn't UTF-8, and what it may be; None if it nowhere is."""
+    if path.is_file() and FILE_READERS.get(path.suffix.lower()) != "parquet":
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    kind = "UTF-16" if line[:2] in _UTF_16 else "Latin-1 or the like"
+                    return f", line {number}, byte 0x{line[error.start]:02x}", kind
+    return None
 
 
 def one_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jhessians.data.answers import Tokenizer
 from jhessians.data.documents import IGNORED, Documents, Piece, put_together
-from jhessians.data.rows import open_rows, quiet, require_column
+from jhessians.data.rows import not_utf8, open_rows, quiet, require_column
 from jhessians.data.tokenizing import (
     answer_pieces,
     bare_pieces,
@@ -112,10 +112,13 @@ def load_documents(
             f"`chunk_length` {options.chunk_length} exceeds {max_length}, the smaller one of the "
             "model's positions and `token_batch_size`: give shorter chunks"
         )
-    with quiet():
-        documents = put_together(
-            _pieces(options, tokenizer, max_length, vocab_size), options.max_tokens
-        )
+    try:
+        with quiet():
+            documents = put_together(
+                _pieces(options, tokenizer, max_length, vocab_size), options.max_tokens
+            )
+    except UnicodeDecodeError as error:  # of JSON, found when a row is looked at
+        raise not_utf8(options.dataset) from error
     _require_something_to_learn(documents, options)
     return documents
 

@@ -12,8 +12,6 @@ from jhessians.devices.memory import free_memory
 from jhessians.errors import ConfigError
 from jhessians.fitting.memory import factor_numbers
 
-AUTOMATIC = 0
-"""Stands for as many groups as memory needs."""
 SHARE = 0.6
 """Of the memory that is free once the model is loaded, what factors may take; the rest is for
 activations and for what is on its way to a solver or a file."""

@@ -158,7 +158,11 @@ class RunDirectory:
                 self._take_leftover()
             if not self.resumed:
                 self.part.mkdir(parents=True)
-                self._hold = Hold(self.part)
+                try:
+                    self._hold = Hold(self.part)
+                except BaseException:  # unmarked, nobody would know whose it is
+                    shutil.rmtree(self.part, ignore_errors=True)
+                    raise
         except OSError as error:
             raise output_error(error, self.path) from error
         return self.part
@@ -204,7 +208,7 @@ class RunDirectory:
         """Remove an unfinished result, unless a run can go on with it."""
         if has_state(self.part):
             if error is not None and not isinstance(error, ConfigError):
-                error.add_note(f"pass --resume to go on with what is saved in {self.part}")
+                error.add_note(f"pass `resume` to go on with what is saved in {self.part}")
         elif not self._keep_part:
             shutil.rmtree(self.part, ignore_errors=True)
 

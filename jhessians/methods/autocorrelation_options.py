@@ -55,6 +55,7 @@ class AutocorrelationOptions:
         value_type="integer",
         metavar="N",
         minimum=0,
+        maximum=2**63 - 1,
         default_text="none, as bergson's",
         bergson="index_cfg.projection_seed",
     )

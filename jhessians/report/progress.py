@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jhessians.config.units import rate_in_words, seconds_in_words
+from jhessians.errors import printable
 
 Clock = Callable[[], float]
 
@@ -169,7 +170,7 @@ class Progress:
 
     def _say(self, line: str) -> None:
         if not self._quiet:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def _display(self, stage: Stage) -> AbstractContextManager[object]:
         if self._quiet:

@@ -1,100 +1,22 @@
 """Bad input through the real command: one line, an exit code, and nothing half done left behind."""
 
 import errno
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jhessians.cli.console import Terminated, unwound_by_signals
 from jhessians.cli.main import main
 from jhessians.interop import shards, torchfile
 from jhessians.interop.rundir import RunDirectory
-from tests.oracles import checkpoints
-
-FIRST_LINEAR = "h.0.attn.c_attn"
-FIRST_NORM = "transformer.h.0.ln_1.weight"
-KERNEL = f"transformer.{FIRST_LINEAR}.weight"
-
-
-@dataclass
-class Work:
-    """One test's own copy of a good run's ingredients, to spoil at will."""
-
-    folder: Path
-    flags: list[str] = field(default_factory=list)
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
-    @property
-    def data(self) -> Path:
-        return self.folder / "docs.jsonl"
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "out" / "run"
-
-    def arguments(self) -> list[str]:
-        given = {"model": self.model, "dataset": self.data, "world_size": 1}
-        return ["compute", str(self.run), *(f"--{k}={v}" for k, v in given.items()), *self.flags]
-
-    def write(self, *rows: dict) -> None:
-        """Replace the data set."""
-        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def settings(self, **values) -> None:
-        """Change config.json."""
-        path = self.model / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    def weights(self, change: Callable[[dict[str, np.ndarray]], None]) -> None:
-        """Change the weights."""
-        path = self.model / "model.safetensors"
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-
-    def scale_first_input(self, factor: float) -> None:
-        """Make what the first linear reads larger, and what it computes from it the same."""
-
-        def change(tensors):
-            for name in (FIRST_NORM, FIRST_NORM.replace("weight", "bias")):
-                tensors[name] *= np.float32(factor)
-            tensors[KERNEL] /= np.float32(factor)
-
-        self.weights(change)
-
-    def left_behind(self) -> list[str]:
-        """What a failed run must not leave: anything beside or under the final name."""
-        return sorted(os.listdir(self.run.parent)) if self.run.parent.exists() else []
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("good")
-    sizes = {"n_embd": 24, "n_head": 2, "n_inner": 40, "n_layer": 1}
-    checkpoints.build("gpt2", folder / "model", seed=1, **sizes)
-    checkpoints.corpus(folder / "model", 6, lengths=(20, 9, 2, 1, 16, 24))
-    shutil.move(folder / "model" / "docs.jsonl", folder)
-    return folder
-
-
-@pytest.fixture
-def work(good, tmp_path):
-    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
-    return Work(tmp_path)
+from tests.cli.work import FIRST_LINEAR, KERNEL, Work, the_line
 
 
 def unknown_model_type(work):
@@ -289,14 +211,6 @@ CASES = [
 ]
 
 
-def the_line(text: str) -> str:
-    """The one line of `text`, if it is an error and nothing else."""
-    (line,) = text.splitlines()
-    assert line.startswith("jhessians: error: "), line
-    assert "Traceback" not in line and "unexpected " not in line.split(":")[2]
-    return line
-
-
 @pytest.mark.parametrize(("spoil", "code", "words"), CASES, ids=[c[0].__name__ for c in CASES])
 def test_one_line_and_nothing_left(work, capfd, spoil, code, words):
     spoil(work)
@@ -416,15 +330,15 @@ def test_a_full_disk(work, capfd, monkeypatch):
 def command(work: Work, first: str = "pass") -> subprocess.Popen:
     """The command as a process of its own, on one device, `first` having been executed."""
     flags = ["--use_dataset_labels", "--method=kfac"]
-    program = f"{first}; import runpy; runpy.run_module('jhessians', run_name='__main__')"
+    # A shell's background job hands SIGINT down ignored, and the command respects that.
+    hears = "import signal as s; s.signal(s.SIGINT, s.default_int_handler)"
+    program = f"{hears}; {first}; import runpy; runpy.run_module('jhessians', run_name='__main__')"
     return subprocess.Popen(
         [sys.executable, "-c", program, *work.arguments(), *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "XLA_FLAGS": ""},
-        # A shell's background job hands SIGINT down ignored, and the command respects that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -5,7 +5,6 @@ import logging
 import re
 import subprocess
 import sys
-import types
 import warnings
 
 import jax
@@ -24,58 +23,11 @@ from jhessians.errors import (
 )
 from jhessians.interop.export import write_config
 from jhessians.methods.autocorrelation_options import AUTOCORRELATION
-from jhessians.report.summary import Summary
-
-SUMMARY = Summary(
-    run_path="runs/x",
-    method="ekfac",
-    modules=28,
-    documents=10,
-    skipped_documents=0,
-    positions=90,
-    devices="1 x cpu",
-    timings={"Covariances": 1.0},
-    trees=(),
-    disk_bytes=0,
-)
+from tests.cli.work import SUMMARY, failing, only_error
 
 
 def parse_compute(arguments):
     return parse(COMMANDS["compute"], arguments)
-
-
-@pytest.fixture
-def pipeline(monkeypatch):
-    """A pipeline that records its calls and does whatever `pipeline.body` says."""
-    fake = types.ModuleType("jhessians.commands.compute.pipeline")
-    fake.calls = []
-    fake.body = lambda config: SUMMARY
-    fake.is_first_host = lambda: True
-
-    def compute(config):
-        fake.calls.append(config)
-        return fake.body(config)
-
-    fake.compute = compute
-    monkeypatch.setitem(sys.modules, "jhessians.commands.compute.pipeline", fake)
-    return fake
-
-
-def failing(error):
-    def body(config):
-        raise error
-
-    return body
-
-
-def only_error(capsys):
-    """The single line on standard error, after checking that it is one."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("jhessians: error: ")
-    return lines[0]
 
 
 def test_help_fits_80_columns_and_states_every_default(capsys, monkeypatch):
@@ -291,7 +243,7 @@ def test_debug_adds_the_traceback(capsys, pipeline):
     pipeline.body = failing(DatasetError("empty"))
     assert main(["compute", "r", "--debug"]) == 1
     captured = capsys.readouterr().err
-    assert "Traceback" in captured and "test_cli.py" in captured
+    assert "Traceback" in captured and "work.py" in captured
     assert captured.splitlines()[-1] == "jhessians: error: empty"
 
 

@@ -111,7 +111,7 @@ def needed_bytes(everything) -> int:
 
 def test_automatic_writes_the_number(run, monkeypatch):
     monkeypatch.setattr(partitions, "free_memory", lambda: 500_000)
-    path, said = run(0)
+    path, said = run("auto")
     count = int(said[0].split()[3].rstrip(":"))
     assert count > 1 and f"module_partitions: {count}" in (path / "config.yaml").read_text()
 
@@ -122,8 +122,8 @@ def test_what_makes_no_sense_is_refused(tmp_path):
     config = ComputeConfig(str(tmp_path / "run"), module_partitions=2)
     with pytest.raises(ConfigError, match="--module_partitions divides the fit of Kronecker"):
         replace(config, method="autocorrelation").validate()
-    with pytest.raises(ConfigError, match="at least 0"):
-        ComputeConfig(str(tmp_path / "run"), module_partitions=-1)
+    with pytest.raises(ConfigError, match="at least 1"):
+        ComputeConfig(str(tmp_path / "run"), module_partitions=0)
 
 
 def test_kept_in_memory_is_less():

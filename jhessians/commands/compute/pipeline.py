@@ -32,7 +32,7 @@ from jhessians.devices.fingerprint import fingerprint
 from jhessians.devices.hosts import start_hosts, together
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
-from jhessians.fitting.partitions import AUTOMATIC, needed_partitions
+from jhessians.fitting.partitions import needed_partitions
 from jhessians.interop.export import Destination, write_config
 from jhessians.interop.layout import DTYPES
 from jhessians.methods.method import Run
@@ -101,7 +101,7 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
             inputs.batches,
             options=config.method_options,
             correct_eigenvalues=config.corrects_eigenvalues,
-            partitions=config.module_partitions,
+            partitions=cast(int, config.module_partitions),
             dtype=_sum_dtype(config),
             include_bias=config.include_bias,
             destination=Destination(
@@ -190,7 +190,7 @@ def _settled(
     names = [name for site in sites.values() for name in site.module_names()]
     settled = config.chosen.settled(config.method_options, names)
     partitions, choice = config.module_partitions, config.activations
-    if partitions == AUTOMATIC:
+    if isinstance(partitions, str):
         partitions = needed_partitions(sites, dtype.itemsize, mesh.size)
     taken = config.chosen.statistics_bytes(
         sites, config.method_options, dtype, partitions=partitions

@@ -171,6 +171,8 @@ class ScoreConfig(
         options: dict[str, Any] = {}
         if self.has_hessian and self.hessian is not None:
             options = options_of_run(self.hessian)
+        if self.model is not None:
+            options.pop("revision", None)  # the other model's
         options |= given(self, _OF_THE_RUN)
         options |= {"fisher_type": None, "use_dataset_labels": True, "mc_samples": 1,
                     "world_size": self.world_size, "run_path": self.run_path,
@@ -226,8 +228,12 @@ class ScoreConfig(
         return cls(run_path=run_path, **check_all(options_of(cls), values, where=where))
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> ScoreConfig:
+    def from_yaml(cls, path: str | Path, *, run_path: str | None = None) -> ScoreConfig:
         """The config of an earlier run, from its config.yaml or the folder that holds it.
+
+        Args:
+            path: The file or the folder.
+            run_path: Another folder to write than the earlier run's.
 
         Returns:
             A config that makes the same scores again.
@@ -235,7 +241,8 @@ class ScoreConfig(
         Raises:
             ConfigError: If the file is missing, is no YAML or holds no options of `score`.
         """
-        return cls.from_dict(read_options(path, command="score"), where=str(path))
+        other = {} if run_path is None else {"run_path": run_path}
+        return cls.from_dict(read_options(path, command="score") | other, where=str(path))
 
 
 def _check_queries(config: ScoreConfig, *, is_demo: bool) -> None:
