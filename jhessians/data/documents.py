@@ -3,6 +3,7 @@
 Host only. Tokens are kept in arrays, never as Python integers, which take ten times the memory.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -59,6 +60,13 @@ class Documents:
     def positions(self) -> int:
         """Positions that carry a gradient: all but each document's last."""
         return int(np.maximum(self.lengths - 1, 0).sum())
+
+    @property
+    def sha256(self) -> str:
+        """Of all tokens and lengths, in hexadecimal digits: the same only for the same texts."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.offsets).data)
+        digest.update(np.ascontiguousarray(self.tokens).data)
+        return digest.hexdigest()
 
     def document(
         self, index: int | np.integer

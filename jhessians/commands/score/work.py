@@ -73,7 +73,7 @@ class Work:
 
     def text_of(self, document: int) -> str:
         """A training document's text."""
-        return self._decoded(self.inputs.batches.documents, document)
+        return self.inputs.text_of(self.inputs.batches.documents, document)
 
     def query_text(self, column: Column) -> str:
         """A query's text, or that of one of its tokens."""
@@ -81,14 +81,7 @@ class Work:
             return "self-influence"
         if self.aggregation != NONE:
             return f"{self.aggregation} of {len(self.queries)} queries"
-        return self._decoded(self.queries, column.document, column.position)
-
-    def _decoded(self, documents: Documents, number: int, position: int | None = None) -> str:
-        tokens, _ = documents.document(number)
-        chosen = tokens if position is None else tokens[position : position + 1]
-        decoder: Any = self.inputs.tokenizer
-        text: str = decoder.decode(np.asarray(chosen).tolist(), skip_special_tokens=True)
-        return text
+        return self.inputs.text_of(self.queries, column.document, column.position)
 
 
 def prepare(
