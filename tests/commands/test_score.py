@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from threadpoolctl import threadpool_limits
+from transformers import AutoTokenizer
 
 from jhessians.cli.main import main
 from jhessians.interop.score_store import ScoreStore
@@ -211,6 +212,59 @@ def test_completions_are_the_only_targets_of_queries(llama, tmp_path):
         llama.model, llama.data, pairs, llama.run, query_columns=Columns("q", "a")
     )
     assert error(ScoreStore(tmp_path / "s").read_all(), expected) < BERGSON_SCORES
+
+
+def test_the_assistants_turns_are_the_only_targets_of_queries(llama, tmp_path, capsys):
+    lines = [json.loads(line)["text"] for line in llama.queries.read_text().splitlines()]
+    (llama.model / "chat_template.jinja").write_text(TEMPLATE)
+    chats = tmp_path / "chats.jsonl"
+    # An answer that the user has said before, and two turns: a search for the text would err.
+    rows = [[("user", "Say: to be."), ("assistant", "to be."), ("user", lines[0]),
+             ("assistant", "They said the river.")],
+            [("system", "Be brief."), ("user", "Why?"), ("assistant", "Nobody asks.")]]  # fmt: skip
+    messages = [[{"role": role, "content": text} for role, text in row] for row in rows]
+    chats.write_text("".join(json.dumps({"chat": each}) + "\n" for each in messages))
+    words = [
+        "score",
+        str(tmp_path / "s"),
+        "--hessian",
+        str(llama.run),
+        "--query",
+        str(chats),
+        "--query_conversation_column",
+        "chat",
+        "--quiet",
+        "--damping_factor",
+        "0.1",
+    ]
+    assert main(words) == 0
+    expected = bergson_scores.scores(
+        llama.model, llama.data, chats, llama.run, query_columns=Columns(conversation="chat")
+    )
+    found = ScoreStore(tmp_path / "s").read_all()
+    assert error(found, expected) < BERGSON_SCORES
+    # The wrong twin: all of what the template writes.
+    tokenizer = AutoTokenizer.from_pretrained(llama.model)
+    texts = [tokenizer.apply_chat_template(each, tokenize=False) for each in messages]
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+    words = ["score", str(tmp_path / "p"), "--hessian", str(llama.run), "--query", str(plain)]
+    assert main([*words, "--quiet", "--damping_factor", "0.1"]) == 0
+    assert error(ScoreStore(tmp_path / "p").read_all(), expected) > 1e-2
+
+    chats.write_text(json.dumps({"chat": messages[0]}) + "\n" + json.dumps({"chat": [
+        {"role": "user", "content": "Nobody answers."}]}) + "\n")  # fmt: skip
+    column = ["--query_conversation_column", "chat"]
+    query = ["--hessian", llama.run, "--query", chats]
+    assert "query 1 (of 2) has no token to predict" in refused(
+        capsys, tmp_path / "x", *query, *column
+    )
+    line = refused(capsys, tmp_path / "x", *query, "--query_conversation_column", "chats")
+    assert "the queries: the data set has no column 'chats'" in line
+    assert "did you mean --query_conversation_column chat" in line
+    assert "exclude each other" in refused(
+        capsys, tmp_path / "x", *query, *column, "--query_completion_column", "a"
+    )
 
 
 def test_parts_groups_and_lists_agree_with_the_whole(llama, tmp_path):

@@ -35,10 +35,10 @@ _RunOptions: Any = inherited(
     "_RunOptions", (InputOptions, NumberOptions, StatisticsOptions, MachineOptions), _OF_THE_RUN,
     source=RUNS,
 )  # fmt: skip
-_OF_QUERIES = ("split", "subset", "prompt_column", "completion_column", "conversation_column",
-               "truncation")  # fmt: skip
+OF_QUERIES = ("split", "subset", "prompt_column", "completion_column", "conversation_column",
+              "truncation")  # fmt: skip
 _QueryOptions: Any = prefixed(
-    "_QueryOptions", InputOptions, _OF_QUERIES,
+    "_QueryOptions", InputOptions, OF_QUERIES,
     prefix="query_", group=QUERIES, what="Of the queries",
 )  # fmt: skip
 
