@@ -25,6 +25,7 @@ from jhessians.interop._score_files import (
     check_same,
     check_size,
     checked_extras,
+    create_array,
     create_files,
     needed_bytes,
     read_array,
@@ -34,7 +35,7 @@ from jhessians.interop._score_files import (
 )
 from jhessians.interop.rundir import output_error
 
-__all__ = ["ScoreStore", "ScoreWriter", "needed_bytes"]
+__all__ = ["ScoreStore", "ScoreWriter", "create_array", "needed_bytes"]
 
 
 class ScoreWriter:
