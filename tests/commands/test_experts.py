@@ -62,10 +62,10 @@ def test_a_store_with_experts_is_bergsons(mixtral, tmp_path, name):
 def test_scores_with_experts_are_bergsons(mixtral, tmp_path, hessian):
     run, given = None, words(mixtral)
     if hessian:
-        run, given = tmp_path / "run", ["--quiet"]
+        run, given = tmp_path / "run", ["--damping_factor", "0.1", "--quiet"]
         flags = ["--use_dataset_labels", "--ev_correction", "--hessian_dtype", "fp64"]
         assert main(["compute", str(run), *words(mixtral, *flags)]) == 0
-    query = ["--query", str(mixtral / "query.jsonl"), "--damping_factor", "0.1"]
+    query = ["--query", str(mixtral / "query.jsonl")]
     given += ["--hessian", str(run or "none")]
     assert main(["score", str(tmp_path / "s"), *query, *given]) == 0
     expected = bergson_scores.scores(

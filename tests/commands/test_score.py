@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ def test_plain_products_cosines_and_tokens(llama, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["per_module", "global"])
-def test_autocorrelations_bring_their_projection(llama, tmp_path, target):
+def test_autocorrelations_bring_their_projection(llama, tmp_path, capsys, target):
     flags = ["--method", "autocorrelation", "--projection_dim", "4", "--projection_target", target]
     fit = [word for word in llama.fit(tmp_path / "run") if word != "--ev_correction"]
     assert main([*fit, "--precision", "fp64", *flags]) == 0
@@ -196,6 +197,10 @@ def test_autocorrelations_bring_their_projection(llama, tmp_path, target):
     )  # fmt: skip
     # bergson sums an autocorrelation's inverse in float32, ours reads the same file.
     assert error(found, expected) < 2e-5
+    words = ["--hessian", tmp_path / "run", "--query", llama.queries, "--include_bias"]
+    assert "was fitted without biases, but --include_bias is true" in refused(
+        capsys, tmp_path / "out", *words
+    )
 
 
 def test_completions_are_the_only_targets_of_queries(llama, tmp_path):
@@ -330,7 +335,7 @@ def test_other_data_than_the_hessians_are_said(llama, tmp_path, capsys):
     assert f"warning: the Hessian was fitted on {llama.data}, not on {other}" in said
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(llama, tmp_path, capsys):
+def test_bad_input_is_one_line_and_leaves_nothing(llama, tmp_path, capsys, monkeypatch):
     out, query = tmp_path / "out", ["--query", llama.queries]
     hessian = ["--hessian", llama.run]
     assert "is no folder" in refused(capsys, out, "--hessian", tmp_path / "nowhere", *query)
@@ -353,6 +358,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(llama, tmp_path, capsys):
     )
     other = checkpoints.build("gpt2", tmp_path / "other", seed=3)
     assert "no factors for" in refused(capsys, out, *hessian, *query, "--model", other)
+    assert not out.exists() and not out.with_name("out.part").exists()
+    none = ["--hessian", "none", "--model", llama.model, "--dataset", llama.data, "--truncation"]
+    for name, value in (("inversion", "pseudoinverse"), ("damping_factor", 1),
+                        ("ev_correction", "false")):  # fmt: skip
+        line = refused(capsys, out, *none, *query, f"--{name}", value)
+        assert f"--{name} is about a Hessian's inverse, but --hessian is none" in line
+    scores = tmp_path / "scores"
+    llama.score(scores)
+    assert "holds no Hessian, neither" in refused(capsys, out, "--hessian", scores, *query)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    line = refused(capsys, out, *hessian, *query, "--by_module", "module")
+    assert "module_scores.npy: the scores need 2.14e-06 GB and the disk has 1e-06 GB" in line
     assert not out.exists() and not out.with_name("out.part").exists()
     shutil.copytree(tmp_path / "empty", out)
     assert "exists already" in refused(capsys, out, *hessian, *query)

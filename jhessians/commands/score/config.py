@@ -259,6 +259,13 @@ def _check_queries(config: ScoreConfig, *, is_demo: bool) -> None:
                 raise ConfigError(f"--self and --{name} exclude each other; give one")
     elif config.query is None and not is_demo:
         raise ConfigError("--query is missing; give the queries' data set, or --self for none")
+    if not config.has_hessian:
+        for each in options_of(InversionOptions):
+            if getattr(config, each.name) != each.default:
+                raise ConfigError(
+                    f"--{each.name} is about a Hessian's inverse, but --hessian is none; leave it "
+                    "out or give a run"
+                )
     if config.unit_normalize and config.normalize != NONE:
         raise ConfigError("--unit_normalize and --normalize exclude each other; give one")
     if config.query_tokens and config.query_aggregation != NONE:

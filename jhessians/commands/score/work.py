@@ -34,7 +34,7 @@ from jhessians.data.sources import DataOptions
 from jhessians.devices.hosts import require_same, together
 from jhessians.devices.memory import free_memory
 from jhessians.errors import CheckpointError, DatasetError, UserError
-from jhessians.influence.curvature import Inverse
+from jhessians.influence.inversion import Inverse
 from jhessians.influence.metric import Metric
 from jhessians.influence.queries import query_bytes
 from jhessians.influence.row_metrics import metric_of
