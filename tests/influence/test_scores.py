@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import jhessians
+from jhessians.data.selecting import select
 from jhessians.errors import CheckpointError, ConfigError, NumericsError
 from jhessians.fitting.autocorrelation import fit_autocorrelations, row_operands
 from jhessians.folds import scores as score_folds
@@ -12,6 +13,7 @@ from jhessians.influence.queries import QueryPass
 from jhessians.influence.row_metrics import DenseHessian, metric_of
 from jhessians.influence.scoring import ScorePass, as_hessian, module_names
 from jhessians.models.config import ExpertsConfig, MLPConfig
+from tests import small
 from tests.influence.case import LENGTHS, QUERIES, Case, damped, products, total
 from tests.small import LLAMA, relative_error
 from tests.tolerances import INVARIANCE, SCORES
@@ -179,6 +181,15 @@ def test_batches_and_devices_change_nothing(single, options):
     for settings in ({}, {"query_rank": 64}, {"normalize": "root_self"}):
         settings = {"factors": single.factors, "damping_factor": 0.1} | settings
         assert relative_error(other.score(**settings), single.score(**settings)) < INVARIANCE * 3
+
+
+def test_the_order_of_the_data_changes_nothing(single):
+    order = np.random.default_rng(3).permutation(len(LENGTHS))
+    plan = {"devices": 1, "token_batch_size": 24, "max_shapes": 3}
+    moved = small.batches(select(single.documents, order), **plan)
+    options = {"factors": single.factors, "damping_factor": 0.1, "documents": len(LENGTHS)}
+    found = jhessians.score(single.problem, moved, single.queries, **options)
+    assert relative_error(found, single.score(damping_factor=0.1)[order]) < INVARIANCE * 3
 
 
 def test_linears_with_inputs_of_their_own_are_known_by_their_own_eigenvectors():
