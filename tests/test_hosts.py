@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jhessians.commands.build.config import BuildConfig
+from jhessians.commands.build.pipeline import build
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute
+from jhessians.interop.gradient_store import GradientStore
 from jhessians.interop.processor import GradientProcessor
 from jhessians.interop.score_store import ScoreStore
 from tests.oracles import bergson, checkpoints
@@ -33,9 +36,15 @@ def model(tmp_path_factory):
 
 
 class Hosts:
-    """Processes of one run, ended together whatever happens."""
+    """Processes of one run, ended together whatever happens; `shell` is run before each."""
 
-    def __init__(self, *commands: list[str], devices: int = 2, name: str = "compute"):
+    def __init__(
+        self,
+        *commands: list[str],
+        devices: int = 2,
+        name: str = "compute",
+        shell: str = "",
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -50,12 +59,22 @@ class Hosts:
         }
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "jhessians", name, *command],
+                [
+                    "bash",
+                    "-c",
+                    f'{shell} exec "$@"',
+                    "bash",
+                    sys.executable,
+                    "-m",
+                    "jhessians",
+                    name,
+                    *command,
+                ],
                 env=shared | (joined if len(commands) > 1 else {}) | {"JAX_PROCESS_ID": str(index)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-            )
+            )  # fmt: skip
             for index, command in enumerate(commands)
         ]
 
@@ -134,6 +153,46 @@ def test_two_processes_score_as_one_does(model, tmp_path):
     one, two = (ScoreStore(tmp_path / name).read_all() for name in ("one", "two"))
     assert relative_error(two, one) < INVARIANCE * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "run", "two"]
+
+
+STORES = {
+    "projected": {"projection_dim": 4, "include_bias": True, "fsdp": True},
+    "tokens": {"projection_dim": 4, "attribute_tokens": True},
+    "mean": {"projection_dim": 4, "aggregation": "mean", "normalizer": "adam"},
+    "unit": {"unit_normalize": True, "max_batch_size": 1},
+    "global": {"projection_dim": 9, "projection_target": "global"},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "projected" else pytest.mark.slow) for n in STORES]
+)
+def test_two_processes_build_what_one_does(model, tmp_path, name):
+    """The first one writes all rows, those of documents that the other read too."""
+    options = {"model": str(model), "dataset": str(model / "docs.jsonl"), **STORES[name]}
+    build(BuildConfig(str(tmp_path / "one"), **options, world_size=1, quiet=True))
+    flags = [f"--{option}={str(value).lower() if value is True else value}"
+             for option, value in options.items()]  # fmt: skip
+    command = [str(tmp_path / "two"), *flags]
+    with Hosts(command, command, name="build") as hosts:
+        (code, output, errors_0), (other, silent, errors_1) = hosts.finish()
+    assert (code, other) == (0, 0), errors_0 + errors_1
+    assert "gradients" in output and "gradients" not in silent
+    one, two = (GradientStore(tmp_path / run) for run in ("one", "two"))
+    assert two.sizes == one.sizes and np.abs(one.matrix).max() > 0
+    assert relative_error(two.matrix, one.matrix) < INVARIANCE * 10
+    for file in ("info.json", "processor_config.yaml"):
+        assert (tmp_path / "two" / file).read_text() == (tmp_path / "one" / file).read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_disk_that_fills_up_on_the_writing_host_ends_both(model, tmp_path):
+    command = [str(tmp_path / "run"), f"--model={model}", f"--dataset={model / 'docs.jsonl'}"]
+    with Hosts(command, command, devices=1, name="build", shell="ulimit -f 200;") as hosts:
+        (code, _, text), (other, _, _) = hosts.finish(90)
+    assert code == 1 and "cannot write" in the_error(text) and "beyond the limit" in text
+    assert other != 0  # where the first process ends first, JAX itself ends it
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

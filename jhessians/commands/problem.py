@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -22,6 +23,7 @@ from jhessians.config.units import bytes_in_words
 from jhessians.data.answers import Tokenizer
 from jhessians.data.batches import Batches
 from jhessians.data.batching import plan_batches
+from jhessians.data.documents import Documents
 from jhessians.data.sources import DataOptions, load_documents
 from jhessians.devices.hosts import require_same, together
 from jhessians.devices.memory import free_memory
@@ -52,6 +54,23 @@ class Inputs:
     is_adapter: bool
     tokenizer: Tokenizer
     batches: Batches
+
+    def text_of(self, documents: Documents, number: int, position: int | None = None) -> str:
+        """A document's text, or that of one of its tokens.
+
+        Args:
+            documents: Read with the same tokenizer.
+            number: Which of them.
+            position: Of the token; None for all.
+
+        Returns:
+            Without special tokens.
+        """
+        tokens, _ = documents.document(number)
+        chosen = tokens if position is None else tokens[position : position + 1]
+        decoder: Any = self.tokenizer
+        text: str = decoder.decode(np.asarray(chosen).tolist(), skip_special_tokens=True)
+        return text
 
 
 def read_inputs(

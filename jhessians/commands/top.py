@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jhessians.commands.command import Command, Positional
 from jhessians.config.machine import ConsoleOptions
 from jhessians.config.option import option
-from jhessians.errors import CheckpointError, ConfigError
-from jhessians.files import parse_json, read_text
-from jhessians.interop.manifest import check_files
+from jhessians.errors import ConfigError, UserError
 
 SHOWN = "what is shown"
 
@@ -50,54 +47,37 @@ def top(config: TopConfig) -> str:
         Lines for a terminal.
 
     Raises:
-        CheckpointError: If the folder holds no lists, or they are damaged.
+        CheckpointError: If the folder holds no scores, or they are damaged.
         ConfigError: If there is no such query.
     """
     from jhessians.commands.score.listing import ranking_lines
-    from jhessians.influence.ranking import Ranked
+    from jhessians.commands.score.stored import listed, ranked, read_columns, read_texts
 
-    folder = Path(config.scores)
-    columns = _lines(folder / "columns.jsonl")
+    folder, notes = Path(config.scores), []
+    columns = read_columns(folder)
     if config.query >= len(columns):
         raise ConfigError(
             f"--query {config.query} is given, but {folder} has {len(columns)} columns of scores; "
             f"give 0 to {len(columns) - 1}"
         )
-    texts, best, worst = dict[int, str](), list[Ranked](), list[Ranked]()
-    places = _lines(folder / "top.jsonl")
-    try:
-        for line in places:
-            if line["query"] == config.query:
-                texts[line["document"]] = line["text"]
-                place = Ranked(*(line[name] for name in Ranked._fields))
-                (best if place.rank > 0 else worst).append(place)
-        lines = ranking_lines(columns[config.query]["text"], best[: config.n], worst[: config.n],
-                              texts.__getitem__)  # fmt: skip
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise _damaged(folder) from None
-    if config.n > len(best):
-        lines.append(f"  {folder} lists {len(best)} documents at either end; --top K lists more")
-    return "\n".join(lines)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    check_files(path.parent, {path.name}.__contains__)
-    try:
-        lines = [parse_json(line) for line in read_text(path).splitlines()]
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path} ({error.strerror}); expected the folder of a finished run of "
-            "jhessians score"
-        ) from None
-    except ValueError:
-        raise _damaged(path) from None
-    if not all(isinstance(line, dict) for line in lines):
-        raise _damaged(path)
-    return lines
-
-
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged; make the scores again")
+    ends, texts = listed(folder, config.query)
+    if config.n > len(ends.best):
+        found, whole = ranked(folder, config.query, config.n)
+        if whole:
+            ends = found
+        else:
+            notes.append(f"{folder} holds {len(ends.best)} documents at either end, as --top said")
+    best, worst = ends.best[: config.n], ends.worst[: config.n]
+    shown = {each.document for each in best}
+    worst = [each for each in worst if each.document not in shown]
+    shown |= {each.document for each in worst}
+    if unknown := shown - texts.keys():
+        try:
+            texts |= read_texts(folder, unknown)
+        except UserError as error:
+            notes.append(f"{len(unknown)} documents are shown without texts: {error}")
+    lines = ranking_lines(columns[config.query], best, worst, lambda n: texts.get(n, ""))
+    return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
 
 DESCRIPTION = """\

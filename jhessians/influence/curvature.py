@@ -4,7 +4,6 @@ Its inverse is a multiplier in the eigenbasis of each linear (`jhessians.linalg.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -14,14 +13,11 @@ from jaxtyping import Shaped
 
 from jhessians.capture.problem import Problem
 from jhessians.capture.site import Operands, Site
-from jhessians.errors import CheckpointError, NumericsError
+from jhessians.errors import CheckpointError
 from jhessians.fitting.eigenbases import place_rows
-from jhessians.linalg.inverse import Inversion, inverse_multiplier
+from jhessians.influence.inversion import Inverse, require_finite, require_inverse
+from jhessians.linalg.inverse import inverse_multiplier
 from jhessians.typing import Array, DTypeLike
-
-DAMPING_FACTOR = 0.01
-"""Relative to the mean eigenvalue. On the demo it finds more of the known sources than bergson's
-0.1, and as many as smaller factors, which are less safe where curvature is known less well."""
 
 
 @runtime_checkable
@@ -45,22 +41,6 @@ class FactorSource(Protocol):
     def read(self, kind: str, module: str) -> Shaped[np.ndarray, "..."]:
         """One whole tensor."""
         ...
-
-
-@dataclass(frozen=True)
-class Inverse:
-    """How a Hessian is inverted.
-
-    Attributes:
-        inversion: One of `jhessians.linalg.inverse.INVERSIONS`.
-        damping_factor: Relative to the mean eigenvalue of each linear, but with
-            `absolute_damped_inverse`, where it is in the unit of eigenvalues.
-        ev_correction: Whether eigenvalues are the corrected ones; None if there are such.
-    """
-
-    inversion: Inversion = "damped_inverse"
-    damping_factor: float = DAMPING_FACTOR
-    ev_correction: bool | None = None
 
 
 def corrects(source: FactorSource, inverse: Inverse) -> bool:
@@ -111,13 +91,18 @@ def kronecker_operands(
         CheckpointError: If a linear has no factors, or of other shapes.
         NumericsError: If an eigenvalue of zero isn't damped.
     """
-    require_factors(problem.sites, source)
     kind = "eigenvalue_correction" if corrects(source, inverse) else "eigenvalue"
+    factored = inverse.inversion == "factored_tikhonov"
+    of_sides = ("activation_eigenvalues", "gradient_eigenvalues") if factored else ()
+    require_factors(problem.sites, source, (kind, *of_sides))
     operands: dict[str, dict[str, Any]] = {}
     owned: dict[str, np.ndarray] = {}
 
     def stack(site: Site, kind: str) -> np.ndarray:
-        arrays = [_widened(source.read(kind, name), dtype) for name in site.module_names()]
+        arrays = []
+        for name in site.module_names():
+            arrays.append(_widened(source.read(kind, name), dtype))
+            require_finite(name, arrays[-1])
         return arrays[0] if site.members is None else np.stack(arrays)
 
     def place(site: Site, array: Any) -> Array:
@@ -133,32 +118,41 @@ def kronecker_operands(
         if site.owns_input:
             owned[site.name] = vectors
         here["gradient"] = place(site, stack(site, "gradient_eigenvectors"))
-        own: dict[str, Any] = {}
-        if inverse.inversion == "factored_tikhonov":
-            own = {f"{side}_eigenvalues": jnp.asarray(stack(site, f"{side}_eigenvalues"))
-                   for side in ("activation", "gradient")}  # fmt: skip
+        own: dict[str, Any] = {each: jnp.asarray(stack(site, each)) for each in of_sides}
+        eigenvalues = stack(site, kind)
         with jax.ensure_compile_time_eval():
             multiplier = np.asarray(
                 inverse_multiplier(
-                    jnp.asarray(stack(site, kind)), inversion=inverse.inversion,
+                    jnp.asarray(eigenvalues), inversion=inverse.inversion,
                     damping_factor=inverse.damping_factor, **own,
                 )
             )  # fmt: skip
-        _require_finite(site, multiplier, inverse)
+        for slot, name in zip(site.slots, site.module_names(), strict=True):
+            place_in = () if slot is None else slot
+            require_inverse(name, eigenvalues[place_in], multiplier[place_in], inverse)
         here["multiplier"] = place(site, multiplier)
     return operands
 
 
-def require_factors(sites: Mapping[str, Site], source: FactorSource) -> None:
+def require_factors(
+    sites: Mapping[str, Site], source: FactorSource, kinds: Iterable[str] = ()
+) -> None:
     """Check that a Hessian is one of these linears.
 
     Args:
         sites: The linears.
         source: Its factors.
+        kinds: Of factor that are needed, besides eigenvectors.
 
     Raises:
         CheckpointError: With the names, or the shapes, that don't match.
     """
+    vectors = [f"{side}_eigenvectors" for side in ("gradient", "activation")]
+    wanted = ", ".join(each for each in (*vectors, *kinds) if each not in source.kinds)
+    if wanted:
+        raise CheckpointError(
+            f"the Hessian has no {wanted}; expected that of a finished run: fit it again"
+        )
     there = set(source.modules)
     names = [name for site in sites.values() for name in site.module_names()]
     if missing := [name for name in names if name not in there]:
@@ -166,7 +160,7 @@ def require_factors(sites: Mapping[str, Site], source: FactorSource) -> None:
             f"the Hessian has no factors for {_some(missing)} of this model; it has them for "
             f"{_some(there)}: expected the Hessian of the same model and modules"
         )
-    of_s, of_a = (source.shapes(f"{side}_eigenvectors") for side in ("gradient", "activation"))
+    of_s, of_a = map(source.shapes, vectors)
     for site in sites.values():
         name = site.module_names()[0]
         o, i = of_s[name][0], of_a[name][0]
@@ -176,17 +170,6 @@ def require_factors(sites: Mapping[str, Site], source: FactorSource) -> None:
                 f"the Hessian's factors of {name} are for a gradient [{o}, {i}]; this model's has "
                 f"shape [{site.out_features}, {site.inputs}]{hint}: expected the same model"
             )
-
-
-def _require_finite(site: Site, multiplier: np.ndarray, inverse: Inverse) -> None:
-    if np.isfinite(multiplier).all():
-        return
-    stacked = multiplier if site.members is not None else multiplier[None]
-    slot = next(n for n, each in enumerate(stacked) if not np.isfinite(each).all())
-    raise NumericsError(
-        f"the Hessian of {site.module_names()[slot]} is singular, and `damping_factor` "
-        f"{inverse.damping_factor:g} doesn't change that; give a larger one, such as 0.001"
-    )
 
 
 def _widened(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:

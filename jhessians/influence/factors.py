@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from jhessians.devices.mesh import axis_names
 from jhessians.errors import CheckpointError
-from jhessians.influence.curvature import Inverse, corrects
+from jhessians.influence.curvature import corrects
+from jhessians.influence.inversion import Inverse
 from jhessians.influence.parameters import Place, path_of, places_of
 from jhessians.interop.load import FactorStore
 from jhessians.linalg.inverse import (

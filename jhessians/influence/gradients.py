@@ -3,6 +3,7 @@
 A store's columns are those of the modules, layer by layer; of a module that is split, of its heads.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -215,6 +216,8 @@ class GradientPass:
 def units_of(sites: Mapping[str, Site], rows: GradientRows) -> list[Unit]:
     """All modules, those that are split by heads, layer by layer as torch bergson has them.
 
+    A layer's experts follow one another, each with all its linears.
+
     Args:
         sites: The linears.
         rows: Says which are split.
@@ -222,13 +225,26 @@ def units_of(sites: Mapping[str, Site], rows: GradientRows) -> list[Unit]:
     Returns:
         In the order of a store's columns.
     """
-    units = []
-    for site in sites.values():
+    units: list[Unit] = []
+    places: dict[str, int] = {}
+    for place, site in enumerate(sites.values()):
+        places.setdefault(_experts(site.name), place)
         shape = site.out_features // rows.head_count(site), site.inputs
         for slot, module in zip(site.slots, site.module_names(), strict=True):
             for head, name in enumerate(rows.unit_names(site, module)):
                 units.append(Unit(name, site, slot, head, shape))
-    return sorted(units, key=lambda unit: _layer(unit.name))
+
+    def place_of(unit: Unit) -> tuple[int, int, int]:
+        expert = re.search(r"\.expert_(\d+)", unit.name)
+        place = places[_experts(unit.site.name)]
+        return _layer(unit.name), place, int(expert[1]) if expert else 0
+
+    return sorted(units, key=place_of)
+
+
+def _experts(name: str) -> str:
+    """What all experts of a layer have in common of their names; a whole name elsewhere."""
+    return name.partition(".expert_{expert}")[0]
 
 
 def _layer(name: str) -> int:

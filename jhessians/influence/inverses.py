@@ -7,25 +7,23 @@ the number format that is asked for.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jhessians.errors import CheckpointError, NumericsError
-from jhessians.influence.curvature import Inverse, corrects
+from jhessians.errors import CheckpointError
+from jhessians.influence.curvature import corrects
+from jhessians.influence.inversion import Inverse, dense_inverse, wide_multiplier
 from jhessians.interop.load import FactorStore
 from jhessians.interop.processor_files import open_hessians
-from jhessians.linalg.inverse import in_eigenbasis, inverse_multiplier, out_of_eigenbasis
+from jhessians.linalg.inverse import in_eigenbasis, out_of_eigenbasis
 from jhessians.typing import Array
 
 JOINT = "joint"
 """bergson's name for the only Hessian of all modules together."""
-
-UNDAMPED = ("damped_inverse", "absolute_damped_inverse", "tikhonov_filtered", "factored_tikhonov")
-"""Inversions that divide by an eigenvalue where there is no damping."""
 
 Apply = Callable[[Array], Array]
 """Rows [row, column] → rows of the same shape, on the device."""
@@ -103,8 +101,7 @@ class FactoredInverse:
         if self._inverse.inversion == "factored_tikhonov":
             own = {f"{side}_eigenvalues": self._read(f"{side}_eigenvalues", module)
                    for side in ("gradient", "activation")}  # fmt: skip
-        rounding = float(np.finfo(np.float64).eps) * max(eigenvalues.shape)
-        multiplier = _multiplier(module, eigenvalues, self._inverse, rounding, (-2, -1), own)
+        multiplier = wide_multiplier(module, eigenvalues, self._inverse, own=own)
         arrays = [jnp.asarray(x.astype(self._dtype)) for x in (q_s, q_a, multiplier)]
         return lambda rows: _apply_factors(rows, *arrays)
 
@@ -154,14 +151,8 @@ class DenseInverse:
             CheckpointError: If a file is damaged.
             NumericsError: If an eigenvalue of zero isn't damped, or the Hessian isn't finite.
         """
-        matrix = np.asarray(self._hessians[module].read()).astype(np.float64)
-        _require_finite(matrix, module)
-        values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-        # It is stored in float32, so that a smaller eigenvalue than this is none.
-        rounding = float(np.finfo(np.float32).eps) * len(values)
-        values = np.maximum(values, 0)
-        multiplier = _multiplier(module, values, self._inverse, rounding, (-1,), {})
-        inverse = jnp.asarray(((vectors * multiplier) @ vectors.T).astype(self._dtype))
+        matrix = np.asarray(self._hessians[module].read())
+        inverse = jnp.asarray(dense_inverse(module, matrix, self._inverse).astype(self._dtype))
         return lambda rows: _apply_matrix(rows, inverse)
 
 
@@ -193,55 +184,6 @@ def open_inverse(root: str | Path, inverse: Inverse, dtype: np.dtype) -> StoredI
         f"{root} holds no Hessian; expected the folder of a finished run, with "
         "eigen_gradient_sharded or hessians.pth: give another"
     )
-
-
-def _multiplier(
-    module: str,
-    eigenvalues: Float[np.ndarray, "*d"],
-    inverse: Inverse,
-    rounding: float,
-    axes: tuple[int, ...],
-    own: dict[str, Any],
-) -> Float[np.ndarray, "*d"]:
-    """What coefficients are multiplied with.
-
-    Returns:
-        In float64, as many as there are eigenvalues.
-
-    Raises:
-        NumericsError: If an eigenvalue isn't finite, or one of zero isn't damped.
-    """
-    _require_finite(eigenvalues, module)
-    largest, smallest = float(eigenvalues.max()), float(eigenvalues.min())
-    divides = inverse.inversion in UNDAMPED and not inverse.damping_factor
-    if divides and smallest <= rounding * largest:
-        raise NumericsError(
-            f"the Hessian of {module} is singular (eigenvalues from {smallest:.3g} to "
-            f"{largest:.3g}), and `damping_factor` is 0; give one such as 0.1, or `inversion` "
-            "pseudoinverse"
-        )
-    with jax.enable_x64(True):
-        multiplier = np.asarray(
-            inverse_multiplier(
-                jnp.asarray(eigenvalues), inversion=inverse.inversion,
-                damping_factor=inverse.damping_factor, axes=axes,
-                **{name: jnp.asarray(values) for name, values in own.items()},
-            )
-        )  # fmt: skip
-    if not np.isfinite(multiplier).all():
-        raise NumericsError(
-            f"the Hessian of {module} is zero, or cancels `damping_factor` "
-            f"{inverse.damping_factor:g}, which is relative to its mean eigenvalue; give "
-            "`inversion` absolute_damped_inverse or pseudoinverse"
-        )
-    return multiplier
-
-
-def _require_finite(array: np.ndarray, module: str) -> None:
-    if not np.isfinite(array).all():
-        raise NumericsError(
-            f"the Hessian of {module} holds NaN or infinity; expected finite numbers: fit it again"
-        )
 
 
 @jax.jit

@@ -23,7 +23,8 @@ from jhessians.folds.low_rank_scores import LowRankScores, cheapest_order
 from jhessians.folds.queries import Queries
 from jhessians.folds.scores import Scores, SelfInfluence
 from jhessians.influence import arithmetic
-from jhessians.influence.curvature import FactorSource, Inverse, kronecker_operands
+from jhessians.influence.curvature import FactorSource, kronecker_operands
+from jhessians.influence.inversion import Inverse
 from jhessians.typing import Array, DTypeLike, PyTree
 
 JOINT = "joint"

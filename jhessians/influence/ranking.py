@@ -53,7 +53,7 @@ class Ranking:
         """
         columns = slice(first_query, first_query + scores.shape[1])
         self._best = self._best.merged(documents, scores.T, columns, self.count)
-        self._worst = self._worst.merged(documents, -scores.T, columns, self.count)
+        self._worst = self._worst.merged(documents, -scores.T, columns, self.count, last=True)
 
     def best(self, query: int) -> list[Ranked]:
         """The documents with the highest scores, the highest first."""
@@ -94,8 +94,11 @@ class _Kept(NamedTuple):
         scores: Float[np.ndarray, "query row"],
         columns: slice,
         count: int,
+        *,
+        last: bool = False,
     ) -> "_Kept":
         """With more documents in some columns, of which `count` are kept."""
+        # Of equal scores the smallest number's comes first; with `last` the largest number's does.
         shape = (len(self.scores), max(self.scores.shape[1], min(count, self._width(scores))))
         before = _Kept(np.full(shape, -np.inf), np.full(shape, -1, np.int64))
         before.scores[:, : self.scores.shape[1]] = self.scores
@@ -103,7 +106,7 @@ class _Kept(NamedTuple):
         both = np.concatenate([before.scores[columns], scores.astype(np.float64)], 1)
         numbers = np.broadcast_to(documents, scores.shape)
         whose = np.concatenate([before.documents[columns], numbers], 1)
-        order = np.lexsort((whose, -both), axis=1)[:, : shape[1]]
+        order = np.lexsort((-whose if last else whose, -both), axis=1)[:, : shape[1]]
         before.scores[columns] = np.take_along_axis(both, order, 1)
         before.documents[columns] = np.take_along_axis(whose, order, 1)
         return before

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,10 +17,9 @@ from jhessians.fitting.eigenbases import place_rows
 from jhessians.folds.normalizers import Normalizer
 from jhessians.folds.row_scores import JointRows, RowQueries, RowScores, RowSelfInfluence
 from jhessians.folds.rows import GradientRows
-from jhessians.influence.curvature import FactorSource, Inverse
+from jhessians.influence.curvature import FactorSource
+from jhessians.influence.inversion import Inverse, dense_inverse
 from jhessians.influence.metric import JOINT, Metric, Target, WholeGradients, members_of
-from jhessians.interop.processor_files import require_finite
-from jhessians.linalg.inverse import inverse_multiplier
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 
@@ -169,27 +167,13 @@ def _inverted(
             f"the Hessian has nothing of {name}; it has {some}: expected the Hessian of the same "
             "model, modules and heads"
         )
-    matrix = np.asarray(getattr(hessians[name], "read", lambda: hessians[name])(), np.float64)
+    matrix = np.asarray(getattr(hessians[name], "read", lambda: hessians[name])())
     if matrix.shape != (size, size):
         raise CheckpointError(
             f"the Hessian of {name} has shape {list(matrix.shape)}; this model's rows have {size} "
             "numbers: expected the Hessian of the same model and projection"
         )
-    require_finite(matrix, f"the Hessian of {name}")
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    with jax.enable_x64(True):
-        multiplier = np.asarray(
-            inverse_multiplier(
-                jnp.asarray(np.maximum(values, 0)), inversion=inverse.inversion,
-                damping_factor=inverse.damping_factor, axes=(-1,),
-            )
-        )  # fmt: skip
-    if not np.isfinite(multiplier).all():
-        raise CheckpointError(
-            f"the Hessian of {name} is singular, and `damping_factor` {inverse.damping_factor:g} "
-            "doesn't change that; give a larger one, such as 0.001"
-        )
-    return (vectors * multiplier) @ vectors.T
+    return dense_inverse(name, matrix, inverse)
 
 
 def metric_of(

@@ -16,7 +16,8 @@ from jhessians.errors import ConfigError
 from jhessians.fitting.documents import DocumentPass, count_documents, in_order, map_documents
 from jhessians.folds.combined import ByLinear, Several
 from jhessians.folds.documents import DocumentGradients
-from jhessians.influence.curvature import DAMPING_FACTOR, FactorSource, Inverse
+from jhessians.influence.curvature import FactorSource
+from jhessians.influence.inversion import DAMPING_FACTOR, Inverse
 from jhessians.influence.metric import Metric
 from jhessians.influence.queries import QueryGroup, QueryPass, merged
 from jhessians.influence.row_metrics import DenseHessian, metric_of

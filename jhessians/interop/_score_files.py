@@ -3,7 +3,9 @@
 bergson declares a row of `scores.bin` as a struct of 2 · queries fields: `score_0`, `written_0`, …
 """
 
+import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -90,22 +92,9 @@ def create_files(folder: Path, info: Mapping[str, Any], extras: Mapping[str, np.
         OutputError: If the disk has too little room.
         OSError: If it can't be written to.
     """
-    size = needed_bytes(info["num_rows"], info["num_scores"])
     path = folder / SCORES
     path.unlink(missing_ok=True)
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OutputError(
-            f"cannot write {path}: the scores need {size / 1e9:.3g} GB and the disk has "
-            f"{free / 1e9:.3g} GB; free some space, choose another disk, or score fewer queries"
-        )
-    # Room taken now: a disk that fills up later would kill a process that writes to its map.
-    with path.open("xb") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            for start in range(0, size, len(_ZEROS)):
-                file.write(_ZEROS[: size - start])
+    reserve(path, needed_bytes(info["num_rows"], info["num_scores"]))
     for name in (OFFSETS, CANDIDATES):
         (folder / name).unlink(missing_ok=True)
     for name, array in extras.items():
@@ -113,6 +102,49 @@ def create_files(folder: Path, info: Mapping[str, Any], extras: Mapping[str, np.
     part = folder / f"{INFO}.part"
     part.write_text(json.dumps(info, indent=2))
     os.replace(part, folder / INFO)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Take the room of a new file, of zeros, on the disk.
+
+    A disk that fills up later would kill a process that writes to the file's memory map.
+
+    Raises:
+        OutputError: If the disk has too little room.
+        OSError: If it can't be written to.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OutputError(
+            f"cannot write {path}: the scores need {size / 1e9:.3g} GB and the disk has "
+            f"{free / 1e9:.3g} GB; free some space, choose another disk, or score fewer queries"
+        )
+    with path.open("xb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            for start in range(0, size, len(_ZEROS)):
+                file.write(_ZEROS[: size - start])
+
+
+def create_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """Make a .npy file of zeros in float32, whose room on the disk is taken.
+
+    Returns:
+        Its memory map.
+
+    Raises:
+        OutputError: If the disk has too little room.
+        OSError: If it can't be written to.
+    """
+    header = io.BytesIO()
+    layout = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, layout)
+    reserve(path, header.tell() + 4 * math.prod(shape))
+    with path.open("r+b") as file:
+        file.write(header.getvalue())
+    array: np.memmap = np.lib.format.open_memmap(path, mode="r+")
+    return array
 
 
 def check_same(folder: Path, info: Mapping[str, Any], extras: Mapping[str, np.ndarray]) -> None:

@@ -26,6 +26,7 @@ from jhessians.interop._score_files import (
     check_size,
     checked_extras,
     count_of,
+    create_array,
     create_files,
     needed_bytes,
     read_array,
@@ -36,7 +37,7 @@ from jhessians.interop._score_files import (
 from jhessians.interop.manifest import check_files
 from jhessians.interop.rundir import output_error
 
-__all__ = ["ScoreStore", "ScoreWriter", "needed_bytes"]
+__all__ = ["ScoreStore", "ScoreWriter", "create_array", "needed_bytes"]
 
 
 class ScoreWriter:

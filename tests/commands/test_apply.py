@@ -253,7 +253,7 @@ def test_a_singular_hessian_wants_damping(factored, gradients, tmp_path, capsys)
     hessian = spoilt_factors(factored / "one", tmp_path / "singular", folder, singular)
     assert run(tmp_path / "out" / "a", hessian, gradients, damping_factor=0) == 1
     line = only_error(capsys)
-    assert "of tiny is singular" in line and "--damping_factor is 0; give one such as 0.1" in line
+    assert "of tiny is singular" in line and "--damping_factor is 0; give one such as 0.01" in line
     assert not list((tmp_path / "out").iterdir())
     for options in ({"damping_factor": 0.1}, {"damping_factor": 0, "inversion": "pseudoinverse"}):
         assert run(tmp_path / "b", hessian, gradients, overwrite=True, quiet=True, **options) == 0

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from threadpoolctl import threadpool_limits
+from transformers import AutoTokenizer
 
 from jhessians.cli.main import main
 from jhessians.interop.score_store import ScoreStore
@@ -184,7 +186,7 @@ def test_plain_products_cosines_and_tokens(llama, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["per_module", "global"])
-def test_autocorrelations_bring_their_projection(llama, tmp_path, target):
+def test_autocorrelations_bring_their_projection(llama, tmp_path, capsys, target):
     flags = ["--method", "autocorrelation", "--projection_dim", "4", "--projection_target", target]
     fit = [word for word in llama.fit(tmp_path / "run") if word != "--ev_correction"]
     assert main([*fit, "--precision", "fp64", *flags]) == 0
@@ -195,6 +197,10 @@ def test_autocorrelations_bring_their_projection(llama, tmp_path, target):
     )  # fmt: skip
     # bergson sums an autocorrelation's inverse in float32, ours reads the same file.
     assert error(found, expected) < 2e-5
+    words = ["--hessian", tmp_path / "run", "--query", llama.queries, "--include_bias"]
+    assert "was fitted without biases, but --include_bias is true" in refused(
+        capsys, tmp_path / "out", *words
+    )
 
 
 def test_completions_are_the_only_targets_of_queries(llama, tmp_path):
@@ -211,6 +217,59 @@ def test_completions_are_the_only_targets_of_queries(llama, tmp_path):
         llama.model, llama.data, pairs, llama.run, query_columns=Columns("q", "a")
     )
     assert error(ScoreStore(tmp_path / "s").read_all(), expected) < BERGSON_SCORES
+
+
+def test_the_assistants_turns_are_the_only_targets_of_queries(llama, tmp_path, capsys):
+    lines = [json.loads(line)["text"] for line in llama.queries.read_text().splitlines()]
+    (llama.model / "chat_template.jinja").write_text(TEMPLATE)
+    chats = tmp_path / "chats.jsonl"
+    # An answer that the user has said before, and two turns: a search for the text would err.
+    rows = [[("user", "Say: to be."), ("assistant", "to be."), ("user", lines[0]),
+             ("assistant", "They said the river.")],
+            [("system", "Be brief."), ("user", "Why?"), ("assistant", "Nobody asks.")]]  # fmt: skip
+    messages = [[{"role": role, "content": text} for role, text in row] for row in rows]
+    chats.write_text("".join(json.dumps({"chat": each}) + "\n" for each in messages))
+    words = [
+        "score",
+        str(tmp_path / "s"),
+        "--hessian",
+        str(llama.run),
+        "--query",
+        str(chats),
+        "--query_conversation_column",
+        "chat",
+        "--quiet",
+        "--damping_factor",
+        "0.1",
+    ]
+    assert main(words) == 0
+    expected = bergson_scores.scores(
+        llama.model, llama.data, chats, llama.run, query_columns=Columns(conversation="chat")
+    )
+    found = ScoreStore(tmp_path / "s").read_all()
+    assert error(found, expected) < BERGSON_SCORES
+    # The wrong twin: all of what the template writes.
+    tokenizer = AutoTokenizer.from_pretrained(llama.model)
+    texts = [tokenizer.apply_chat_template(each, tokenize=False) for each in messages]
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+    words = ["score", str(tmp_path / "p"), "--hessian", str(llama.run), "--query", str(plain)]
+    assert main([*words, "--quiet", "--damping_factor", "0.1"]) == 0
+    assert error(ScoreStore(tmp_path / "p").read_all(), expected) > 1e-2
+
+    chats.write_text(json.dumps({"chat": messages[0]}) + "\n" + json.dumps({"chat": [
+        {"role": "user", "content": "Nobody answers."}]}) + "\n")  # fmt: skip
+    column = ["--query_conversation_column", "chat"]
+    query = ["--hessian", llama.run, "--query", chats]
+    assert "query 1 (of 2) has no token to predict" in refused(
+        capsys, tmp_path / "x", *query, *column
+    )
+    line = refused(capsys, tmp_path / "x", *query, "--query_conversation_column", "chats")
+    assert "the queries: the data set has no column 'chats'" in line
+    assert "did you mean --query_conversation_column chat" in line
+    assert "exclude each other" in refused(
+        capsys, tmp_path / "x", *query, *column, "--query_completion_column", "a"
+    )
 
 
 def test_parts_groups_and_lists_agree_with_the_whole(llama, tmp_path):
@@ -276,7 +335,7 @@ def test_other_data_than_the_hessians_are_said(llama, tmp_path, capsys):
     assert f"warning: the Hessian was fitted on {llama.data}, not on {other}" in said
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(llama, tmp_path, capsys):
+def test_bad_input_is_one_line_and_leaves_nothing(llama, tmp_path, capsys, monkeypatch):
     out, query = tmp_path / "out", ["--query", llama.queries]
     hessian = ["--hessian", llama.run]
     assert "is no folder" in refused(capsys, out, "--hessian", tmp_path / "nowhere", *query)
@@ -299,6 +358,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(llama, tmp_path, capsys):
     )
     other = checkpoints.build("gpt2", tmp_path / "other", seed=3)
     assert "no factors for" in refused(capsys, out, *hessian, *query, "--model", other)
+    assert not out.exists() and not out.with_name("out.part").exists()
+    none = ["--hessian", "none", "--model", llama.model, "--dataset", llama.data, "--truncation"]
+    for name, value in (("inversion", "pseudoinverse"), ("damping_factor", 1),
+                        ("ev_correction", "false")):  # fmt: skip
+        line = refused(capsys, out, *none, *query, f"--{name}", value)
+        assert f"--{name} is about a Hessian's inverse, but --hessian is none" in line
+    scores = tmp_path / "scores"
+    llama.score(scores)
+    assert "holds no Hessian, neither" in refused(capsys, out, "--hessian", scores, *query)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    line = refused(capsys, out, *hessian, *query, "--by_module", "module")
+    assert "module_scores.npy: the scores need 2.14e-06 GB and the disk has 1e-06 GB" in line
     assert not out.exists() and not out.with_name("out.part").exists()
     shutil.copytree(tmp_path / "empty", out)
     assert "exists already" in refused(capsys, out, *hessian, *query)

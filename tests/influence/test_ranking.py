@@ -18,7 +18,7 @@ def test_kept_on_the_way_is_sorted_at_the_end(count):
     for query in range(5):
         column = scores[:, query]
         best = sorted(range(23), key=lambda n: (-column[n], n))[:count]
-        worst = sorted(range(23), key=lambda n: (column[n], n))[:count]
+        worst = sorted(range(23), key=lambda n: (column[n], -n))[:count]
         assert [each.document for each in ranking.best(query)] == best
         assert [each.document for each in ranking.worst(query)] == worst
         assert [each.rank for each in ranking.worst(query)] == [-n - 1 for n in range(len(worst))]

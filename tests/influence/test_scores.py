@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 
 import jhessians
+from jhessians.data.selecting import select
 from jhessians.errors import CheckpointError, ConfigError, NumericsError
 from jhessians.fitting.autocorrelation import fit_autocorrelations, row_operands
 from jhessians.folds import scores as score_folds
-from jhessians.influence.curvature import Inverse
+from jhessians.influence.inversion import Inverse
 from jhessians.influence.queries import QueryPass
 from jhessians.influence.row_metrics import DenseHessian, _inverted, metric_of
 from jhessians.influence.scoring import ScorePass, as_hessian, module_names
 from jhessians.models.config import ExpertsConfig, MLPConfig
+from tests import small
 from tests.influence.case import LENGTHS, QUERIES, Case, damped, products, total
 from tests.small import LLAMA, relative_error
 from tests.tolerances import INVARIANCE, SCORES
@@ -181,6 +183,15 @@ def test_batches_and_devices_change_nothing(single, options):
         assert relative_error(other.score(**settings), single.score(**settings)) < INVARIANCE * 3
 
 
+def test_the_order_of_the_data_changes_nothing(single):
+    order = np.random.default_rng(3).permutation(len(LENGTHS))
+    plan = {"devices": 1, "token_batch_size": 24, "max_shapes": 3}
+    moved = small.batches(select(single.documents, order), **plan)
+    options = {"factors": single.factors, "damping_factor": 0.1, "documents": len(LENGTHS)}
+    found = jhessians.score(single.problem, moved, single.queries, **options)
+    assert relative_error(found, single.score(damping_factor=0.1)[order]) < INVARIANCE * 3
+
+
 def test_linears_with_inputs_of_their_own_are_known_by_their_own_eigenvectors():
     case = Case(**LLAMA)
     factors = jhessians.fit(
@@ -218,8 +229,25 @@ def test_what_does_not_fit_is_refused(single):
         single.score(inversion="factored_tikhonov", ev_correction=True)
     singular = {**single.factors, "eigenvalue_correction": {
         name: np.zeros_like(x) for name, x in single.factors["eigenvalue"].items()}}  # fmt: skip
-    with pytest.raises(NumericsError, match="is singular, and `damping_factor` 0 doesn't"):
+    with pytest.raises(NumericsError, match="is singular .*, and `damping_factor` is 0"):
         single.score(factors=singular, damping_factor=0.0)
+    lost = {**single.factors, "eigenvalue_correction": {
+        name: np.where(np.arange(x.shape[1]) == 1, 1e-15 * x.max(), x.max())
+        for name, x in single.factors["eigenvalue"].items()}}  # fmt: skip
+    with pytest.raises(NumericsError, match="is singular .*, and `damping_factor` is 0"):
+        single.score(factors=lost, damping_factor=0.0)
+    spoilt = {name: x * np.nan for name, x in single.factors["gradient_eigenvectors"].items()}
+    with pytest.raises(NumericsError, match="the Hessian of .* holds NaN or infinity"):
+        single.score(factors={**single.factors, "gradient_eigenvectors": spoilt})
+    for kind, options in (
+        ("gradient_eigenvectors", {}),
+        ("eigenvalue_correction", {"ev_correction": True}),
+        ("activation_eigenvalues", {"inversion": "factored_tikhonov"}),
+    ):
+        without = {k: v for k, v in single.factors.items() if k != kind}
+        word = "corrected eigenvalues" if kind == "eigenvalue_correction" else kind
+        with pytest.raises(CheckpointError, match=f"the Hessian has no {word}"):
+            single.score(factors=without, **options)
     rows = jhessians.GradientRows(jhessians.Projection(4))
     dense = DenseHessian({}, rows, {}, False)
     with pytest.raises(CheckpointError, match="the Hessian has nothing of"):

@@ -76,8 +76,8 @@ def apply(config: ApplyConfig) -> ApplySummary:
 
     from jhessians.commands.output import output_folder
     from jhessians.config.provenance import CONFIG_FILE, config_document
-    from jhessians.influence.curvature import Inverse
     from jhessians.influence.inverses import JOINT, open_inverse
+    from jhessians.influence.inversion import Inverse
     from jhessians.interop.gradient_store import GradientStore, GradientWriter, store_bytes
     from jhessians.interop.low_rank_store import LOW_RANK_INFO_FILE
     from jhessians.report.progress import Progress

@@ -35,10 +35,10 @@ _RunOptions: Any = inherited(
     "_RunOptions", (InputOptions, NumberOptions, StatisticsOptions, MachineOptions), _OF_THE_RUN,
     source=RUNS,
 )  # fmt: skip
-_OF_QUERIES = ("split", "subset", "prompt_column", "completion_column", "conversation_column",
-               "truncation")  # fmt: skip
+OF_QUERIES = ("split", "subset", "prompt_column", "completion_column", "conversation_column",
+              "truncation")  # fmt: skip
 _QueryOptions: Any = prefixed(
-    "_QueryOptions", InputOptions, _OF_QUERIES,
+    "_QueryOptions", InputOptions, OF_QUERIES,
     prefix="query_", group=QUERIES, what="Of the queries",
 )  # fmt: skip
 
@@ -266,6 +266,13 @@ def _check_queries(config: ScoreConfig, *, is_demo: bool) -> None:
                 raise ConfigError(f"--self and --{name} exclude each other; give one")
     elif config.query is None and not is_demo:
         raise ConfigError("--query is missing; give the queries' data set, or --self for none")
+    if not config.has_hessian:
+        for each in options_of(InversionOptions):
+            if getattr(config, each.name) != each.default:
+                raise ConfigError(
+                    f"--{each.name} is about a Hessian's inverse, but --hessian is none; leave it "
+                    "out or give a run"
+                )
     if config.unit_normalize and config.normalize != NONE:
         raise ConfigError("--unit_normalize and --normalize exclude each other; give one")
     if config.query_tokens and config.query_aggregation != NONE:

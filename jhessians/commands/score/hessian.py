@@ -96,12 +96,19 @@ def _dense(path: Path, config: ComputeConfig, problem: Problem) -> DenseHessian:
     from jhessians.linalg.projection import Projection
     from jhessians.methods.autocorrelation import split_sites
 
-    settings = GradientProcessor.load(path, skip_hessians=True)
-    hessians, _ = open_hessians(path)
+    there = any((path / f"{name}.pth").exists() for name in ("hessians", "preconditioners"))
+    hessians = open_hessians(path)[0] if there else {}
     if not hessians:
         raise CheckpointError(
             f"{path} holds no Hessian, neither Kronecker factors nor autocorrelations; expected a "
             "finished run of jhessians compute or bergson"
+        )
+    settings = GradientProcessor.load(path, skip_hessians=True)
+    if settings.include_bias != config.include_bias:
+        biases = "with" if settings.include_bias else "without"
+        raise CheckpointError(
+            f"{path} was fitted {biases} biases, but `include_bias` is "
+            f"{str(config.include_bias).lower()}; leave it out"
         )
     projection = None
     if settings.projection_dim:

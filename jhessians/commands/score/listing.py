@@ -35,8 +35,8 @@ def ranking_lines(title: str, best: Iterable[Ranked], worst: Iterable[Ranked],
 
 
 def shortened(text: str, width: int) -> str:
-    """A text on one line, cut at a word where it is too long."""
-    line = " ".join(text.split())
+    """A text on one line, cut at a word where it is too long; a terminal obeys none of it."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
     return (
         line
         if len(line) <= width

@@ -23,6 +23,7 @@ from jhessians.commands.score.listing import (
 )
 from jhessians.commands.score.passes import parts, score_all
 from jhessians.commands.score.results import Results, write_columns
+from jhessians.commands.score.stored import DOCUMENTS
 from jhessians.commands.score.work import Work, prepare
 from jhessians.config.option import name_flags, options_of
 from jhessians.config.provenance import CONFIG_FILE, config_document
@@ -79,7 +80,7 @@ def score(config: ScoreConfig) -> str | None:
             pass
         flop = score_all(config, work, results, progress)
         if results is not None:
-            _write_config(part, config, mesh)
+            _write_config(part, config, work, mesh)
         with together():
             profile = None
             if config.profile:
@@ -115,13 +116,14 @@ def _results(config: ScoreConfig, work: Work, part: Path) -> Results:
     return results
 
 
-def _write_config(part: Path, config: ScoreConfig, mesh: Mesh) -> None:
+def _write_config(part: Path, config: ScoreConfig, work: Work, mesh: Mesh) -> None:
     """The configuration that replays the run, and what bergson reads of it: the scores' sign."""
     step = {"score": {"score_cfg": {"higher_is_better": True},
                       "index_cfg": {"run_path": config.run_path}}}  # fmt: skip
     document = config_document(
         "score", config.resolved_dict(), step, devices=[str(d) for d in mesh.devices.flat]
     )
+    document["metadata"][DOCUMENTS] = work.inputs.batches.documents.fingerprint()
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     (part / CONFIG_FILE).write_text(text, encoding="utf-8")
 

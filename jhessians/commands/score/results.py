@@ -13,7 +13,7 @@ from jhessians.data.documents import Documents
 from jhessians.data.selecting import Column
 from jhessians.influence.ranking import Ranking
 from jhessians.interop.rundir import output_error
-from jhessians.interop.score_store import ScoreWriter
+from jhessians.interop.score_store import ScoreWriter, create_array
 
 LISTED = 20
 """Documents at either end of each query's list, unless `--top` says another number."""
@@ -137,12 +137,9 @@ class Results:
 
     def _array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         try:
-            array: np.ndarray = np.lib.format.open_memmap(
-                self.folder / name, mode="w+", dtype=np.float32, shape=shape
-            )
+            return create_array(self.folder / name, shape)
         except OSError as error:
             raise output_error(error, self.folder) from error
-        return array
 
     def _add_tokens(self, places: np.ndarray, scores: np.ndarray, first_query: int) -> None:
         assert self._offsets is not None and self._writer is not None

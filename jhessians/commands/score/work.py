@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -21,7 +24,7 @@ from jhessians.commands.problem import (
     require_same_data,
     settled_activations,
 )
-from jhessians.commands.score.config import NONE, ScoreConfig
+from jhessians.commands.score.config import NONE, OF_QUERIES, ScoreConfig
 from jhessians.commands.score.hessian import open_hessian, options_of_run
 from jhessians.data.batches import Batches
 from jhessians.data.batching import plan_batches
@@ -30,8 +33,8 @@ from jhessians.data.selecting import Column, columns_of, select
 from jhessians.data.sources import DataOptions
 from jhessians.devices.hosts import require_same, together
 from jhessians.devices.memory import free_memory
-from jhessians.errors import CheckpointError, DatasetError
-from jhessians.influence.curvature import Inverse
+from jhessians.errors import CheckpointError, DatasetError, UserError
+from jhessians.influence.inversion import Inverse
 from jhessians.influence.metric import Metric
 from jhessians.influence.queries import query_bytes
 from jhessians.influence.row_metrics import metric_of
@@ -73,7 +76,7 @@ class Work:
 
     def text_of(self, document: int) -> str:
         """A training document's text."""
-        return self._decoded(self.inputs.batches.documents, document)
+        return self.inputs.text_of(self.inputs.batches.documents, document)
 
     def query_text(self, column: Column) -> str:
         """A query's text, or that of one of its tokens."""
@@ -81,14 +84,7 @@ class Work:
             return "self-influence"
         if self.aggregation != NONE:
             return f"{self.aggregation} of {len(self.queries)} queries"
-        return self._decoded(self.queries, column.document, column.position)
-
-    def _decoded(self, documents: Documents, number: int, position: int | None = None) -> str:
-        tokens, _ = documents.document(number)
-        chosen = tokens if position is None else tokens[position : position + 1]
-        decoder: Any = self.inputs.tokenizer
-        text: str = decoder.decode(np.asarray(chosen).tolist(), skip_special_tokens=True)
-        return text
+        return self.inputs.text_of(self.queries, column.document, column.position)
 
 
 def prepare(
@@ -101,10 +97,11 @@ def prepare(
         with progress.stage("Queries' data"), together():
             is_demo = config.query is None
             options = _query_options(config)
-            queries = read_batches(
-                options, inputs.tokenizer, inputs.shape, mesh,
-                token_batch_size=min(run.token_batch_size, inputs.shape.positions),
-            ).documents  # fmt: skip
+            with _of_queries():
+                queries = read_batches(
+                    options, inputs.tokenizer, inputs.shape, mesh,
+                    token_batch_size=min(run.token_batch_size, inputs.shape.positions),
+                ).documents  # fmt: skip
             supporting = _supporting(config, run) if is_demo else None
             _require_predicted(queries)
         require_same("queries", queries.tokens, queries.labels, queries.offsets)
@@ -190,6 +187,21 @@ def _query_options(config: ScoreConfig) -> DataOptions:
         conversation_column=config.query_conversation_column,
         truncation=config.query_truncation,
     )
+
+
+@contextmanager
+def _of_queries() -> Iterator[None]:
+    """Let an error say that it is one of the queries, and name their own options.
+
+    Raises:
+        UserError: The same, in other words.
+    """
+    try:
+        yield
+    except UserError as error:
+        own = {"dataset": "query"} | {name: f"query_{name}" for name in OF_QUERIES}
+        line = re.sub(r"`(\w+)`", lambda found: f"`{own.get(found[1], found[1])}`", str(error))
+        raise type(error)(f"the queries: {line}") from error
 
 
 def _supporting(config: ScoreConfig, run: ComputeConfig) -> list[list[int]] | None:
