@@ -251,7 +251,13 @@ def test_different_data_on_two_hosts_is_refused(model, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_does_not_leave_the_other_waiting(model, tmp_path, victim):
-    command = arguments(tmp_path / "run", model, "--max_tokens=30000000", "--use_dataset_labels")
+    command = arguments(
+        tmp_path / "run",
+        model,
+        "--max_tokens=30000000",
+        "--use_dataset_labels",
+        "--checkpoint_minutes=0",
+    )
     with Hosts(command, command, devices=1) as hosts:
         for line in hosts.processes[0].stderr:
             if line.startswith("Covariances"):

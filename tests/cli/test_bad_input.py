@@ -361,7 +361,7 @@ def test_a_file_size_limit(work):
 )
 def test_a_signal_ends_a_run_cleanly(work, number, code, word):
     # Long enough to be hit in the middle: the same documents over and over.
-    work.flags += ["--max_tokens=20000000"]
+    work.flags += ["--max_tokens=20000000", "--checkpoint_minutes=0"]
     process = command(work)
     assert process.stderr is not None
     seen = []

@@ -85,7 +85,7 @@ def test_it_may_end_anywhere(config, ending, options, tmp_path):
         try:
             compute(config(resume=True, **options))
         except Terminated as error:
-            assert "--resume" in "".join(error.__notes__)
+            assert "`resume`" in "".join(error.__notes__)
             assert not (tmp_path / "run").exists()
             ends += 1
         else:
@@ -127,9 +127,9 @@ def test_a_resumed_run_says_from_where(config, unfinished):
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"seed": 3}, "--seed is 3 and was 0"),
-    ({"method": "kfac"}, "--method is 'kfac' and was 'ekfac'"),
-    ({"token_batch_size": 64}, "--token_batch_size is 64 and was 32"),
+    ({"seed": 3}, "`seed` is 3 and was 0"),
+    ({"method": "kfac"}, "`method` is 'kfac' and was 'ekfac'"),
+    ({"token_batch_size": 64}, "`token_batch_size` is 64 and was 32"),
 ])  # fmt: skip
 def test_other_options_are_refused(config, unfinished, options, said):
     with pytest.raises(ConfigError, match=f"unfinished run of other options: {said}"):
@@ -202,7 +202,7 @@ def test_an_error_keeps_what_was_saved(config, monkeypatch, tmp_path):
         patched.setattr(eigensolver, "eigendecompose", fails)
         with pytest.raises(NumericsError) as raised:
             compute(config(checkpoint_minutes=1e-9))
-    assert "pass --resume to go on" in raised.value.__notes__[0]
+    assert "pass `resume` to go on" in raised.value.__notes__[0]
     compute(config(resume=True))
     assert (tmp_path / "run").is_dir()
 

@@ -180,7 +180,7 @@ READERS = {
     "gradients": Reader(write_gradients, read_gradients),
     "outer products": Reader(write_outer_products, read_outer_products),
     "scores": Reader(write_scores, read_scores),
-    "lists": Reader(write_lists, lambda folder: top(TopConfig(scores=str(folder)))),
+    "lists": Reader(write_lists, lambda folder: top(TopConfig(scores=str(folder), n=1))),
     "options": Reader(
         lambda folder: (folder / "config.yaml").write_text(json.dumps(OPTIONS, indent=1)),
         lambda folder: (options_of_run(folder), read_options(folder)),

@@ -169,7 +169,8 @@ def profiled(tmp_path_factory):
 def test_a_run_is_profiled(profiled):
     found = json.loads((profiled / "run" / "profile.json").read_text())
     stages = {each["name"]: each for each in found["stages"]}
-    assert list(stages) == ["Data", "Model", "Covariances", "Eigendecompositions", "Export"]
+    names = ["Data", "Model", "Fingerprints", "Covariances", "Eigendecompositions", "Export"]
+    assert list(stages) == names
     assert 0 < stages["Covariances"]["share_of_peak"] < 1
     assert stages["Covariances"]["compile_seconds"] > 0
     assert stages["Data"]["flop"] is stages["Export"]["flop"] is None
