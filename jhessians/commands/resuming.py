@@ -12,10 +12,12 @@ import jax
 from jax.sharding import Mesh
 
 from jhessians.config.fingerprint import BY_CONTENT, NOT_NUMBERS, Fingerprint
+from jhessians.config.replay import DATA
 from jhessians.devices.hosts import most_of_hosts, together
 from jhessians.errors import ConfigError
 from jhessians.fitting.checkpoints import Checkpoints, SavedCheckpoints
 from jhessians.fitting.grace import saving
+from jhessians.interop.manifest import read_manifest
 from jhessians.interop.rundir import STATE, RunDirectory
 from jhessians.report.progress import Progress
 
@@ -162,12 +164,24 @@ def contents_of(documents: str, weights: str, optimizer_state: str | None = None
     Returns:
         Words → hash, or sizes and times of an optimizer's files, which may be large.
     """
-    contents = {"the data set": documents, "the model's weights": weights}
+    contents = {DATA: documents, "the model's weights": weights}
     if optimizer_state is not None:
-        root = Path(optimizer_state)
-        files = sorted(root.rglob("*")) if root.is_dir() else [root]
-        stats = [(str(each.relative_to(root)), each.stat()) for each in files if each.is_file()]
-        contents["the optimizer's state"] = repr(
-            [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        )
+        contents["the optimizer's state"] = version_of(Path(optimizer_state))
     return contents
+
+
+def version_of(path: Path) -> str:
+    """What changes when something too large to be hashed does.
+
+    Args:
+        path: Of a file or a folder.
+
+    Returns:
+        The run that wrote the folder, if it says so; otherwise its files' sizes and times.
+    """
+    manifest = read_manifest(path) if path.is_dir() else None
+    if manifest is not None:
+        return manifest.run_id
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(str(each.relative_to(path)), each.stat()) for each in files if each.is_file()]
+    return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])

@@ -83,6 +83,10 @@ class Replayable:
         return cls.from_dict(read_options(path, cls.command) | other, where=str(path))
 
 
+DATA = "the data set"
+"""Among what a run read."""
+
+
 def contents_of_run(path: Path) -> dict[str, str]:
     """What a finished run read, such as "the data set" → a hash of it.
 

@@ -38,6 +38,15 @@ class Ranking:
         self._best = _Kept.empty(queries)
         self._worst = _Kept.empty(queries)
 
+    @property
+    def state(self) -> tuple[np.ndarray, ...]:
+        """All that is kept, from which `take_up` goes on."""
+        return (*self._best, *self._worst)
+
+    def take_up(self, state: tuple[np.ndarray, ...]) -> None:
+        """Go on from what another ranking of as many queries kept, its `state`."""
+        self._best, self._worst = _Kept(*state[:2]), _Kept(*state[2:])
+
     def add(
         self,
         documents: Int[np.ndarray, " row"],

@@ -128,7 +128,11 @@ def reserve(path: Path, size: int) -> None:
 
 
 def create_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """Make a .npy file of zeros in float32, whose room on the disk is taken.
+    """Make a .npy file of zeros in float32, whose room on the disk is taken; one is continued.
+
+    Args:
+        path: Of the file.
+        shape: Of the array; a file of another one is begun anew.
 
     Returns:
         Its memory map.
@@ -140,7 +144,10 @@ def create_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
     header = io.BytesIO()
     layout = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, layout)
-    reserve(path, header.tell() + 4 * math.prod(shape))
+    size = header.tell() + 4 * math.prod(shape)
+    if not path.is_file() or path.stat().st_size != size:
+        path.unlink(missing_ok=True)
+        reserve(path, size)
     with path.open("r+b") as file:
         file.write(header.getvalue())
     array: np.memmap = np.lib.format.open_memmap(path, mode="r+")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.score.hessian import options_of_run
 from jhessians.config.inherited import given, inherited, names_of, prefixed
 from jhessians.config.inputs import InputOptions
 from jhessians.config.inversion import InversionOptions
-from jhessians.config.machine import MACHINE, ConsoleOptions, MachineOptions, ProfileOptions
+from jhessians.config.machine import (
+    MACHINE,
+    ConsoleOptions,
+    MachineOptions,
+    ProfileOptions,
+    SavingOptions,
+)
 from jhessians.config.numbers import NumberOptions
-from jhessians.config.option import check_all, check_tables, option, options_of, plain_dict
-from jhessians.config.provenance import read_options
+from jhessians.config.option import check_tables, option, options_of
+from jhessians.config.replay import Replayable
 from jhessians.config.statistics import StatisticsOptions
 from jhessians.errors import ConfigError
 
@@ -140,6 +143,8 @@ class ScoreConfig(
     _ScoreOptions,
     _QueryOptions,
     _QuerySetOptions,
+    SavingOptions,
+    Replayable,
 ):
     """Everything that `score` depends on, besides what the Hessian's run says.
 
@@ -149,11 +154,7 @@ class ScoreConfig(
 
     run_path: str = ""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "run_path", os.fspath(self.run_path))
-        values = {each.name: getattr(self, each.name) for each in options_of(type(self))}
-        for name, value in check_all(options_of(type(self)), values, where="the config").items():
-            object.__setattr__(self, name, value)
+    command: ClassVar[str] = "score"
 
     @property
     def is_demo(self) -> bool:
@@ -206,43 +207,6 @@ class ScoreConfig(
         run = self.run
         run.validate()
         _check_queries(self, is_demo=run.is_demo)
-
-    def resolved_dict(self) -> dict[str, Any]:
-        """Every option under its name, in plain YAML types; `from_dict` reads it back."""
-        return plain_dict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, where: str = "the config") -> ScoreConfig:
-        """Build a config from names and values; what is missing keeps its default.
-
-        Returns:
-            A config whose values have their types; how they go together isn't checked yet.
-
-        Raises:
-            ConfigError: If a name is unknown, a value is wrong or `run_path` is missing.
-        """
-        values = dict(values)
-        run_path = values.pop("run_path", None)
-        if not isinstance(run_path, str):
-            raise ConfigError(f"{where} has no run_path; give the folder to write")
-        return cls(run_path=run_path, **check_all(options_of(cls), values, where=where))
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, *, run_path: str | None = None) -> ScoreConfig:
-        """The config of an earlier run, from its config.yaml or the folder that holds it.
-
-        Args:
-            path: The file or the folder.
-            run_path: Another folder to write than the earlier run's.
-
-        Returns:
-            A config that makes the same scores again.
-
-        Raises:
-            ConfigError: If the file is missing, is no YAML or holds no options of `score`.
-        """
-        other = {} if run_path is None else {"run_path": run_path}
-        return cls.from_dict(read_options(path, command="score") | other, where=str(path))
 
 
 def _check_queries(config: ScoreConfig, *, is_demo: bool) -> None:

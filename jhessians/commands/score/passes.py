@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from jhessians.capture.problem import Problem
 from jhessians.commands.score.config import NONE, ScoreConfig
 from jhessians.commands.score.results import Results
 from jhessians.commands.score.work import Work
 from jhessians.config.units import count_in_words
+from jhessians.data.batching import Batch
 from jhessians.data.selecting import Column, ColumnBatches, columns_of
+from jhessians.fitting.checkpoints import Series
 from jhessians.influence.queries import QueryGroup, QueryPass
+from jhessians.influence.ranking import Ranking
 from jhessians.influence.scoring import BatchScores, ScorePass, module_names, normalized
 from jhessians.report.progress import Progress
 from jhessians.report.recorder import gone_through
@@ -36,7 +42,11 @@ def parts(config: ScoreConfig, work: Work) -> tuple[list[str] | None, np.ndarray
 
 
 def score_all(
-    config: ScoreConfig, work: Work, results: Results | None, progress: Progress
+    config: ScoreConfig,
+    work: Work,
+    results: Results | None,
+    progress: Progress,
+    kept: Series | None = None,
 ) -> dict[str, float]:
     """Every group of queries in turn: make it, then go through the data.
 
@@ -45,6 +55,7 @@ def score_all(
         work: Data, queries and Hessian.
         results: Where scores go; None on hosts that write nothing.
         progress: Is told of stages.
+        kept: Where the position is saved, and from where it is continued.
 
     Returns:
         Stage → FLOP that it needed, for a profile; nothing where that isn't wanted or known.
@@ -67,19 +78,18 @@ def score_all(
     )  # fmt: skip
     _, part_of = parts(config, work)
     positions = work.batches.documents.positions
-    scored: set[int] = set()
-    kept: list[float] = []
+    place = _Place(kept or Series(), results, len(columns))
     flop: dict[str, float | None] = {}
     going_through = None
     if config.profile:
         going_through = gone_through(metric.problem, next(iter(work.batches)))
-    for number, columns_here in enumerate(groups):
+    for number, columns_here in enumerate(groups[place.group :], start=place.group):
         suffix = f" {number + 1} of {len(groups)}" if len(groups) > 1 else ""
         group = None  # the memory of the one before
         if making is not None:
             with progress.stage(f"Queries{suffix}"):
                 group = _query_group(config, work, making, columns_here, size)
-                kept += group.kept[: len(columns_here)].tolist()
+                place.take_shares(number * size, group.kept[: len(columns_here)])
             if going_through is not None and work.queries is not None:
                 asked = columns_here if not aggregate else columns_of(work.queries, tokens=False)
                 lengths = work.queries.lengths[[column.document for column in asked]]
@@ -88,11 +98,12 @@ def score_all(
             if number + 1 == len(groups) and not by_self:
                 metric.forget_inverse()
         with progress.stage(f"Scores{suffix}", positions, "positions") as stage:
-            for found in passing.run(work.batches, group, advance=stage.advance):
-                if results is None:
-                    continue
-                scored |= set(found.documents[found.documents >= 0].tolist())
-                _take(config, results, found, part_of, number * size)
+            batches = iter(work.batches)
+            stage.advance(_positions(metric.problem, islice(batches, place.batches)))
+            for found in passing.run(batches, group, advance=stage.advance):
+                if results is not None:
+                    _take(config, results, found, part_of, number * size)
+                place.move(last=len(work.batches.plan))
         if going_through is not None:
             done, passes = going_through(work.batches.documents.lengths)
             flop[f"Scores{suffix}"] = _sum(passes, metric.score_flop(
@@ -100,15 +111,63 @@ def score_all(
                 tokens=config.attribute_tokens, own=by_self))  # fmt: skip
     if making is not None and (order := _order_of_products(config, work, size)):
         progress.note(order)
-    if config.query_rank is not None and kept:
+    if config.query_rank is not None and place.shares:
+        shares = place.shares
         progress.note(
-            f"Rank {config.query_rank} keeps {min(kept):.1%} to {max(kept):.1%} of the queries' "
-            f"squared lengths, {np.mean(kept):.1%} on average"
+            f"Rank {config.query_rank} keeps {min(shares):.1%} to {max(shares):.1%} of the "
+            f"queries' squared lengths, {np.mean(shares):.1%} on average"
         )
     if results is not None:
         with progress.stage("Lists"):
-            results.finish(np.array(sorted(scored), int), work.text_of)
+            results.finish(np.flatnonzero(work.batches.documents.lengths > 1), work.text_of)
     return {stage: each for stage, each in flop.items() if each is not None}
+
+
+class _Place:
+    """How far the passes have come, saved now and then; arguments as in `score_all`.
+
+    Attributes:
+        group: The group of queries that is worked on.
+        batches: How many batches of its pass are done.
+        shares: What each query keeps of its squared length, of those that were made.
+    """
+
+    def __init__(self, kept: Series, results: Results | None, columns: int):
+        self._kept, self._results = kept, results
+        # Only the first host writes, so that the others' rankings are of no account.
+        self._ranking = Ranking(columns, 1) if results is None else results.ranking
+        self.group, self.batches, self.shares = 0, 0, list[float]()
+        formats = tuple(array.dtype for array in self._ranking.state)
+        if saved := kept.load(lambda position: formats):
+            self.group, self.batches = saved.position["groups"], saved.position["batches"]
+            self.shares = saved.position["shares"]
+            if results is not None:
+                self._ranking.take_up(saved.arrays)
+
+    def take_shares(self, first: int, shares: np.ndarray) -> None:
+        """What the queries from number `first` on keep of their squared lengths."""
+        self.shares[first:] = shares.tolist()
+
+    def move(self, *, last: int) -> None:
+        """Count a batch, and save if it is time.
+
+        Args:
+            last: How many batches a pass has.
+        """
+        self.batches += 1
+        if self.batches == last:
+            self.group, self.batches = self.group + 1, 0
+        if self._kept.due():
+            if self._results is not None:
+                self._results.flush()
+            position = {"groups": self.group, "batches": self.batches, "shares": self.shares}
+            self._kept.save(position, self._ranking.state)
+
+
+def _positions(problem: Problem, batches: Iterable[Batch]) -> int:
+    """About how many positions of some batches count, on all hosts."""
+    masks = [problem.mask(batch) for batch in batches]
+    return problem.hosts * sum(int(mask.sum()) for mask in masks if mask is not None)
 
 
 def _sum(passes: float, products: float | None) -> float | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import yaml
@@ -13,7 +15,8 @@ from jax.sharding import Mesh
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute, is_first_host
 from jhessians.commands.output import output_folder
-from jhessians.commands.score.config import ScoreConfig
+from jhessians.commands.resuming import contents_of, resuming, version_of
+from jhessians.commands.score.config import NONE, ScoreConfig
 from jhessians.commands.score.listing import (
     HARMFUL,
     HELPFUL,
@@ -23,11 +26,11 @@ from jhessians.commands.score.listing import (
 )
 from jhessians.commands.score.passes import parts, score_all
 from jhessians.commands.score.results import Results, write_columns
-from jhessians.commands.score.stored import DOCUMENTS
 from jhessians.commands.score.work import Work, prepare
 from jhessians.config.option import name_flags, options_of
 from jhessians.config.provenance import CONFIG_FILE, config_document
 from jhessians.config.units import count_in_words, seconds_in_words
+from jhessians.devices.fingerprint import fingerprint
 from jhessians.devices.hosts import start_hosts, together
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
@@ -68,19 +71,23 @@ def score(config: ScoreConfig) -> str | None:
             quiet=config.quiet or not first, around=recorder.around,
             reword=partial(name_flags, names=names),
         )  # fmt: skip
+        state = stack.enter_context(resuming(config, directory, mesh, progress))
+        given, config = config, state.taken_up(config)
         run = config.run
         require_supported(run.matmul_precision, jax.local_devices()[0])
         hessian = _fitted_demo(config, part) if config.hessian is None else config.hessian
-        work = prepare(config, run, hessian, mesh, progress)
+        work = prepare(config, run, hessian, mesh, progress, devices=state.devices)
+        with progress.stage("Fingerprints"), together():
+            state.begin(_settled(config, work), _contents(config, work), config.replayed)
         results = None
         if first:
             with progress.stage("Output"):
                 results = _results(config, work, part)
+                _write_config(part, given, mesh)
         with together():
             pass
-        flop = score_all(config, work, results, progress)
-        if results is not None:
-            _write_config(part, config, work, mesh)
+        flop = score_all(config, work, results, progress, state.checkpoints.series("scores"))
+        state.checkpoints.settle()
         with together():
             profile = None
             if config.profile:
@@ -97,10 +104,13 @@ def score(config: ScoreConfig) -> str | None:
 
 
 def _fitted_demo(config: ScoreConfig, part: Path) -> str:
-    """Fit the demo's Hessian into the results, and return where it is."""
+    """Fit the demo's Hessian into the results, unless it is there, and return where it is."""
+    if (part / HESSIAN).is_dir():
+        return str(part / HESSIAN)
     fit = ComputeConfig(
         run_path=str(Path(config.run_path) / HESSIAN), method="ekfac", layout="bergson",
         world_size=config.world_size, quiet=config.quiet, debug=config.debug,
+        overwrite=True, checkpoint_minutes=0,
     )  # fmt: skip
     compute(fit, into=part / HESSIAN)
     return str(part / HESSIAN)
@@ -116,14 +126,32 @@ def _results(config: ScoreConfig, work: Work, part: Path) -> Results:
     return results
 
 
-def _write_config(part: Path, config: ScoreConfig, work: Work, mesh: Mesh) -> None:
+def _settled(config: ScoreConfig, work: Work) -> ScoreConfig:
+    """The options with what was left to the memory."""
+    settled: dict[str, Any] = {"activations": work.metric.problem.activations}
+    return replace(config, query_batch_size=work.group_size, **settled)
+
+
+def _contents(config: ScoreConfig, work: Work) -> dict[str, str]:
+    """What is read, by hashes."""
+    contents = contents_of(
+        work.inputs.batches.documents.fingerprint(), fingerprint(work.metric.problem.model)
+    )
+    if work.queries is not None:
+        contents["the queries"] = work.queries.fingerprint()
+    for name, path in (("the Hessian", config.hessian), ("the candidates", config.candidates)):
+        if path is not None and path != NONE:
+            contents[name] = version_of(Path(path))
+    return contents
+
+
+def _write_config(part: Path, config: ScoreConfig, mesh: Mesh) -> None:
     """The configuration that replays the run, and what bergson reads of it: the scores' sign."""
     step = {"score": {"score_cfg": {"higher_is_better": True},
                       "index_cfg": {"run_path": config.run_path}}}  # fmt: skip
     document = config_document(
         "score", config.resolved_dict(), step, devices=[str(d) for d in mesh.devices.flat]
     )
-    document["metadata"][DOCUMENTS] = work.inputs.batches.documents.fingerprint()
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     (part / CONFIG_FILE).write_text(text, encoding="utf-8")
 

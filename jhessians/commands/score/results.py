@@ -28,7 +28,8 @@ COLUMNS = "columns.jsonl"
 class Results:
     """Takes scores batch by batch and writes them into a folder.
 
-    In a run of several processes the first one makes it.
+    In a run of several processes the first one makes it. Results that a run left there are
+    continued, the ranking excepted.
 
     Args:
         folder: Where to write; exists.
@@ -98,6 +99,14 @@ class Results:
         real = documents >= 0
         self._own[documents[real]] = own[real]
 
+    def flush(self) -> None:
+        """Have all that was added put onto the disk."""
+        if self._writer is not None:
+            self._writer.flush()
+        for array in (self._own, self._parts):
+            if isinstance(array, np.memmap):
+                array.flush()
+
     def finish(self, scored: np.ndarray, text_of: Callable[[int], str]) -> None:
         """Give documents without a gradient their zeros, and write the lists.
 
@@ -115,11 +124,7 @@ class Results:
                 self.ranking.add(self._numbers[left], np.zeros(shape))
         if self._only_top:
             self._write_top()
-        if self._writer is not None:
-            self._writer.flush()
-        for array in (self._own, self._parts):
-            if isinstance(array, np.memmap):
-                array.flush()
+        self.flush()
         self._write_lists(text_of)
 
     def _zero_parts(self, left: np.ndarray) -> np.ndarray:

@@ -10,15 +10,12 @@ import numpy as np
 
 from jhessians.commands.score.config import ScoreConfig
 from jhessians.commands.score.results import COLUMNS, TOP_FILE
-from jhessians.config.provenance import CONFIG_FILE
+from jhessians.config.replay import DATA, contents_of_run
 from jhessians.errors import CheckpointError, DatasetError
-from jhessians.files import parse_json, read_text, read_yaml
+from jhessians.files import parse_json, read_text
 from jhessians.influence.ranking import Ranked, Ranking
 from jhessians.interop.manifest import check_files
 from jhessians.interop.score_store import ScoreStore
-
-DOCUMENTS = "documents"
-"""In the metadata of a run's config.yaml, `Documents.fingerprint` of its training data."""
 
 
 class Ends(NamedTuple):
@@ -123,12 +120,12 @@ def read_texts(folder: Path, numbers: Iterable[int]) -> dict[int, str]:
     from jhessians.report.progress import Progress
 
     run = ScoreConfig.from_yaml(folder).run
-    document = read_yaml(folder / CONFIG_FILE)
+    scored = contents_of_run(folder).get(DATA)
     inputs = read_inputs(
         run, make_mesh(1), Progress(quiet=True), token_batch_size=run.token_batch_size
     )
     documents = inputs.batches.documents
-    if documents.fingerprint() != document.get("metadata", {}).get(DOCUMENTS):
+    if documents.fingerprint() != scored:
         raise DatasetError(f"{inputs.dataset_name} is not what was scored: it changed since")
     return {number: inputs.text_of(documents, number) for number in numbers}
 

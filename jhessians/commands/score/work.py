@@ -88,10 +88,30 @@ class Work:
 
 
 def prepare(
-    config: ScoreConfig, run: ComputeConfig, hessian: str, mesh: Mesh, progress: Progress
+    config: ScoreConfig,
+    run: ComputeConfig,
+    hessian: str,
+    mesh: Mesh,
+    progress: Progress,
+    *,
+    devices: int,
 ) -> Work:
-    """Read everything, cheap and error-prone things first."""
-    inputs = read_inputs(run, mesh, progress, token_batch_size=run.token_batch_size)
+    """Read everything, cheap and error-prone things first.
+
+    Args:
+        config: What is scored.
+        run: The Hessian's run, as far as it is repeated.
+        hessian: Its folder, or `none`.
+        mesh: The devices.
+        progress: Is told of stages.
+        devices: Over how many of them the documents of a batch are divided.
+
+    Returns:
+        All that the passes need.
+    """
+    inputs = read_inputs(
+        run, mesh, progress, token_batch_size=run.token_batch_size, devices=devices
+    )
     queries, supporting = None, None
     if not config.self:
         with progress.stage("Queries' data"), together():
@@ -113,7 +133,7 @@ def prepare(
         candidates = _candidates(config.candidates, config.top or 1, len(batches.documents))
         documents = select(batches.documents, candidates)
         plan = plan_batches(
-            documents.lengths, token_batch_size=run.token_batch_size, devices=mesh.size,
+            documents.lengths, token_batch_size=run.token_batch_size, devices=devices,
             max_length=inputs.shape.positions,
         )  # fmt: skip
         batches = Batches(documents, plan)

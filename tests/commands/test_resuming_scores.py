@@ -1,0 +1,76 @@
+"""Scores that were asked to end, at any batch, go on from there: the same files, byte for byte."""
+
+import pytest
+
+from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.compute.pipeline import compute
+from jhessians.commands.score.config import ScoreConfig
+from jhessians.commands.score.pipeline import score
+from jhessians.errors import ConfigError
+from jhessians.fitting.grace import Terminated
+from jhessians.interop.rundir import STATE
+from tests.chaos.harness import contents
+from tests.commands.test_resuming import MOST, Ending
+from tests.oracles import checkpoints
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A model, data, queries, and a fitted Hessian."""
+    sizes = {"n_embd": 16, "n_head": 2, "n_inner": 20, "n_layer": 2}
+    folder = checkpoints.build("gpt2", tmp_path_factory.mktemp("scores") / "gpt2", seed=1, **sizes)
+    data = checkpoints.corpus(folder, 24, lengths=(24, 9, 2, 1, 17, 30))
+    checkpoints.corpus(folder, 3, seed=7, lengths=(8, 30, 17), name="query.jsonl")
+    compute(ComputeConfig(
+        str(folder / "run"), model=str(folder), dataset=str(data), quiet=True, world_size=1,
+        token_batch_size=32, use_dataset_labels=True,
+    ))  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def config(work, tmp_path):
+    def make(name, **options):
+        query = {} if options.get("self") else {"query": str(work / "query.jsonl")}
+        given = {"hessian": str(work / "run"), "quiet": True, "world_size": 1, **query}
+        return ScoreConfig(run_path=str(tmp_path / name), **(given | options))
+
+    return make
+
+
+@pytest.mark.parametrize("options", [
+    {"query_batch_size": 2, "normalize": "root_self", "by_module": "layer"},
+    {"query_batch_size": 1, "top": 3, "query_rank": 2},
+    {"attribute_tokens": True, "world_size": 2},
+    {"self": True},
+], ids=["groups", "top", "tokens", "self"])  # fmt: skip
+def test_scores_may_end_anywhere(config, options, tmp_path, monkeypatch):
+    score(config("whole", **options))
+    expected = contents(tmp_path / "whole")
+    ending, ends = Ending(monkeypatch), 0
+    for look in (1, 2, 4, 7, MOST):
+        ending.left = look
+        try:
+            score(config("scores", resume=True, **options))
+        except Terminated:
+            assert not (tmp_path / "scores").exists()
+            ends += 1
+        else:
+            break
+    assert ends > 2
+    found = contents(tmp_path / "scores")
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores", "whole"]
+    assert not (tmp_path / "scores" / STATE).exists()
+
+
+def test_other_queries_are_refused(config, work, tmp_path, monkeypatch):
+    Ending(monkeypatch).left = 4
+    with pytest.raises(Terminated):
+        score(config("scores"))
+    (tmp_path / "other.jsonl").write_text('{"text": "another question"}\n')
+    with pytest.raises(ConfigError, match="is an unfinished run, and the queries changed since"):
+        score(config("scores", query=str(tmp_path / "other.jsonl"), resume=True))
+    with pytest.raises(ConfigError, match="`damping_factor` is 0.5 and was 0.01"):
+        score(config("scores", damping_factor=0.5, resume=True))
