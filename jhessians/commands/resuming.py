@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jhessians.capture.problem import Problem
 from jhessians.config.fingerprint import BY_CONTENT, NOT_NUMBERS, Fingerprint
 from jhessians.config.replay import DATA
+from jhessians.data.batching import Batch
 from jhessians.devices.hosts import most_of_hosts, together
 from jhessians.errors import ConfigError
 from jhessians.fitting.checkpoints import Checkpoints, SavedCheckpoints
@@ -70,6 +72,11 @@ class Resuming:
             self._folder, minutes=config.checkpoint_minutes or float("inf"),
             note=progress.note, warn=progress.warn,
         )  # fmt: skip
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an unfinished run is continued."""
+        return self._earlier is not None
 
     def taken_up(self, config: Any) -> Any:
         """The options with those settled that an unfinished run had settled.
@@ -168,6 +175,12 @@ def contents_of(documents: str, weights: str, optimizer_state: str | None = None
     if optimizer_state is not None:
         contents["the optimizer's state"] = version_of(Path(optimizer_state))
     return contents
+
+
+def positions_of(problem: Problem, batches: Iterable[Batch]) -> int:
+    """About how many positions of some batches count, on all hosts; these batches are taken."""
+    masks = [problem.mask(batch) for batch in batches]
+    return problem.hosts * sum(int(mask.sum()) for mask in masks if mask is not None)
 
 
 def version_of(path: Path) -> str:

@@ -126,8 +126,8 @@ class GradientPass:
         operands: Operands,
         *,
         advance: Callable[[int], None] = lambda positions: None,
-    ) -> Iterator[StoredRows]:
-        """The rows of each document that has some, in the order of the batches.
+    ) -> Iterator[Iterator[StoredRows]]:
+        """The rows of each document that has some, batch by batch.
 
         Args:
             batches: This host's rows of each batch.
@@ -135,7 +135,8 @@ class GradientPass:
             advance: Called when a batch is done, with how many of its positions counted.
 
         Yields:
-            A document's rows, of all modules, the same on every host.
+            A batch's documents, one by one: the rows of all modules, the same on every host. They
+                are taken before the next batch's.
 
         Raises:
             FoldError: If a fold's rows don't fit its shapes.
@@ -146,7 +147,7 @@ class GradientPass:
         for length, group in by_length:
             passing = DocumentPass(self._fold(length), self.problem)
             for documents, rows in passing.run(group, operands=operands, advance=advance):
-                yield from self._of_batch(documents, jax.tree.map(fetch, rows))
+                yield self._of_batch(documents, jax.tree.map(fetch, rows))
 
     def _fold(self, positions: int) -> Any:
         if self.joint:

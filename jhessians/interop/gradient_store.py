@@ -153,6 +153,10 @@ class GradientWriter:
         """
         self.cut += self._file.write(row, 0 if module is None else self._starts[module], values)
 
+    def flush(self) -> None:
+        """Have all that was written put onto the disk; errors are those of `RowFile.flush`."""
+        self._file.flush()
+
     def __enter__(self) -> "GradientWriter":
         return self
 

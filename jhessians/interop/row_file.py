@@ -23,10 +23,10 @@ DTYPES = {
 
 
 class RowFile:
-    """Writes a matrix [row, column] to a new file; a context manager that closes it.
+    """Writes a matrix [row, column] to a file; a context manager that closes it.
 
     Args:
-        path: The file, which must not exist.
+        path: The file, which is made unless it is there; then it is continued.
         rows, width: The matrix's shape.
         dtype: Its number format, one of `DTYPES`.
 
@@ -36,7 +36,7 @@ class RowFile:
 
     def __init__(self, path: Path, rows: int, width: int, dtype: np.dtype):
         self.rows, self.width, self.dtype = rows, width, dtype
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             os.truncate(self._file, rows * width * dtype.itemsize)
         except OSError:
@@ -78,6 +78,14 @@ class RowFile:
         while data.nbytes:
             done = os.pwrite(self._file, data, place)
             data, place = data[done:], place + done
+
+    def flush(self) -> None:
+        """Have all that was written put onto the disk.
+
+        Raises:
+            OSError: If the disk reports an error.
+        """
+        os.fsync(self._file)
 
     def __enter__(self) -> "RowFile":
         return self

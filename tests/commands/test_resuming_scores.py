@@ -1,7 +1,9 @@
-"""Scores that were asked to end, at any batch, go on from there: the same files, byte for byte."""
+"""Scores and stores that were asked to end, at any batch, go on from there: byte for byte."""
 
 import pytest
 
+from jhessians.commands.build.config import BuildConfig
+from jhessians.commands.build.pipeline import build
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute
 from jhessians.commands.score.config import ScoreConfig
@@ -47,22 +49,49 @@ def config(work, tmp_path):
 def test_scores_may_end_anywhere(config, options, tmp_path, monkeypatch):
     score(config("whole", **options))
     expected = contents(tmp_path / "whole")
+    ends = end_often(lambda: score(config("part", resume=True, **options)), monkeypatch)
+    assert ends > 2
+    require_equal(contents(tmp_path / "part"), expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "whole"]
+    assert not (tmp_path / "part" / STATE).exists()
+
+
+def end_often(run, monkeypatch):
+    """Go on with a run that is asked to end ever later, until it is finished."""
     ending, ends = Ending(monkeypatch), 0
     for look in (1, 2, 4, 7, MOST):
         ending.left = look
         try:
-            score(config("scores", resume=True, **options))
+            run()
         except Terminated:
-            assert not (tmp_path / "scores").exists()
             ends += 1
         else:
-            break
-    assert ends > 2
-    found = contents(tmp_path / "scores")
+            return ends
+    raise AssertionError("it never finished")
+
+
+def require_equal(found, expected):
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores", "whole"]
-    assert not (tmp_path / "scores" / STATE).exists()
+
+
+@pytest.mark.parametrize("options", [
+    {"projection_dim": 4, "normalizer": "adafactor", "unit_normalize": True},
+    {"rank": 2, "store_dtype": "bf16"},
+    {"aggregation": "mean", "world_size": 2},
+    {"attribute_tokens": True, "projection_dim": 4, "projection_target": "global"},
+], ids=["projected", "rank", "mean", "tokens"])  # fmt: skip
+def test_a_store_may_end_anywhere(work, options, tmp_path, monkeypatch):
+    def config(name, **more):
+        given = {"model": str(work), "dataset": str(work / "docs.jsonl"), "quiet": True,
+                 "world_size": 1, "token_batch_size": 32, "precision": "fp32"}  # fmt: skip
+        return BuildConfig(run_path=str(tmp_path / name), **(given | options | more))
+
+    build(config("whole"))
+    expected = contents(tmp_path / "whole")
+    assert end_often(lambda: build(config("part", resume=True)), monkeypatch) > 2
+    require_equal(contents(tmp_path / "part"), expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part", "whole"]
 
 
 def test_other_queries_are_refused(config, work, tmp_path, monkeypatch):

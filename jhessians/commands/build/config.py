@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jhessians.config.inputs import InputOptions
-from jhessians.config.machine import MACHINE, ConsoleOptions, DeviceOptions
+from jhessians.config.machine import MACHINE, ConsoleOptions, DeviceOptions, SavingOptions
 from jhessians.config.numbers import (
     NUMBERS,
     PRECISIONS,
@@ -75,6 +75,7 @@ class StoreOptions:
 @dataclass(frozen=True)
 class BuildConfig(
     ConsoleOptions,
+    SavingOptions,
     DeviceOptions,
     StoreOptions,
     _RowOptions,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -26,7 +27,7 @@ from jhessians.commands.build.rows import (
     settled,
     with_module_names,
 )
-from jhessians.commands.build.store import Store, open_store
+from jhessians.commands.build.store import Place, Store, open_store
 from jhessians.commands.output import output_folder
 from jhessians.commands.problem import (
     Inputs,
@@ -35,9 +36,11 @@ from jhessians.commands.problem import (
     read_inputs,
     require_parameter_order,
 )
+from jhessians.commands.resuming import contents_of, positions_of, resuming, version_of
 from jhessians.config.option import name_flags, options_of
 from jhessians.config.units import bytes_in_words, count_in_words
 from jhessians.data.batches import Batches
+from jhessians.devices.fingerprint import fingerprint
 from jhessians.devices.hosts import start_hosts, together
 from jhessians.devices.memory import free_memory
 from jhessians.devices.mesh import make_mesh
@@ -85,12 +88,17 @@ def build(config: BuildConfig) -> Summary | None:
         progress = Progress(
             quiet=config.quiet or not first, reword=partial(name_flags, names=names)
         )
+        state = stack.enter_context(resuming(config, directory, mesh, progress))
+        replayed, config = config.replayed, state.taken_up(config)
         with together():
             processor = None
             if config.processor_path is not None:
                 processor = GradientProcessor.load(config.processor_path, skip_hessians=True)
             config = settled(config, processor)
-        inputs = read_inputs(config, mesh, progress, token_batch_size=config.token_batch_size)
+        inputs = read_inputs(
+            config, mesh, progress,
+            token_batch_size=config.token_batch_size, devices=state.devices,
+        )  # fmt: skip
         require_parameter_order(inputs, config.optimizer_state)
         problem, sites = _load_problem(config, inputs, mesh, progress)
         config = with_module_names(config, problem)
@@ -102,18 +110,38 @@ def build(config: BuildConfig) -> Summary | None:
         )  # fmt: skip
         with together():
             _require_space(config, making, part, progress)
-        inputs = replace(inputs, batches=fitting_batches(config, inputs, making, mesh.size))
+        given = config
+        config, batches = fitting_batches(
+            config, inputs, making, state.devices, settled=state.resumed
+        )
+        inputs = replace(inputs, batches=batches)
         config = _with_activations(config, problem, inputs.batches, mesh, progress)
         problem = replace(problem, activations=cast(Activations, config.activations))
         making.problem = problem
-        normalizers = normalizers_of(config, inputs, problem, processor, progress)
+        with progress.stage("Fingerprints"), together():
+            contents = contents_of(
+                batches.documents.fingerprint(), fingerprint(problem.model), config.optimizer_state
+            )
+            if config.processor_path is not None:
+                contents["the gradient processor"] = version_of(Path(config.processor_path))
+            state.begin(config, contents, replayed)
+        # Sizes of batches are left to the memory of the machine that replays it.
+        _write_config(replace(given, activations=config.activations), inputs, part, mesh)
+        normalizers = normalizers_of(
+            config, inputs, problem, processor, progress, state.checkpoints
+        )
         operands = row_operands(problem, rows, joint=making.joint, normalizers=normalizers)
         positions = inputs.batches.documents.positions
         with progress.stage("Gradients", positions, "positions") as stage:
             store = open_store(config, making, part, writer=first)
-            _fill(store, making.run(inputs.batches, operands, advance=stage.advance), part)
+            place = Place(state.checkpoints.series("gradients"), making, store)
+            ahead = iter(batches)
+            stage.advance(positions_of(problem, islice(ahead, place.batches)))
+            made = making.run(ahead, operands, advance=stage.advance)
+            _fill(store, made, place, part)
+        state.checkpoints.settle()
         with progress.stage("Files"):
-            _write_beside(config, inputs, rows, normalizers, part, mesh)
+            _write_beside(config, inputs, rows, normalizers, part)
         with together():
             stack.close()
     return _summary(config, inputs, sites, making, store, mesh, progress) if first else None
@@ -183,7 +211,7 @@ def _require_space(
     progress.note(f"Gradients: {words}, where {bytes_in_words(free)} are free")
 
 
-def _fill(store: Store, made: Iterator[StoredRows], part: Path) -> None:
+def _fill(store: Store, made: Iterator[Iterator[StoredRows]], place: Place, part: Path) -> None:
     """Write the rows as they are made; a failure is raised when all hosts are done.
 
     Raises:
@@ -191,14 +219,16 @@ def _fill(store: Store, made: Iterator[StoredRows], part: Path) -> None:
     """
     failure: OSError | None = None
     with store:
-        for rows in made:
-            if failure is None:
-                try:
-                    store.add(rows)
-                except OSError as error:
-                    failure = error
-                    if jax.process_count() == 1:
-                        break
+        for batch in made:
+            try:
+                for rows in batch:
+                    if failure is None:
+                        store.add(rows)
+                place.move(failed=failure is not None)
+            except OSError as error:
+                failure = error
+                if jax.process_count() == 1:
+                    break
     raise_together(failure, part)
 
 
@@ -208,9 +238,8 @@ def _write_beside(
     rows: GradientRows,
     normalizers: Mapping[str, Normalizer],
     part: Path,
-    mesh: Mesh,
 ) -> None:
-    """Write what bergson reads beside a store, and what replays the run."""
+    """Write what bergson reads beside a store."""
     documents = inputs.batches.documents
     with together():
         if jax.process_index() == 0:
@@ -231,6 +260,10 @@ def _write_beside(
                 write_aggregate(part)
             else:
                 write_documents(part, documents)
+
+
+def _write_config(config: BuildConfig, inputs: Inputs, part: Path, mesh: Mesh) -> None:
+    """What replays the run."""
     document = config.document(
         model=inputs.model_name, dataset=inputs.dataset_name,
         devices=[str(device) for device in mesh.devices.flat],

@@ -19,6 +19,7 @@ from jhessians.data.batches import Batches
 from jhessians.data.batching import plan_batches
 from jhessians.devices.memory import free_memory
 from jhessians.errors import CheckpointError, ConfigError
+from jhessians.fitting.checkpoints import Checkpoints
 from jhessians.fitting.normalizers import make_normalizers
 from jhessians.fitting.reporting import Reporter
 from jhessians.folds.normalizers import AdamNormalizer, Normalizer
@@ -108,6 +109,7 @@ def normalizers_of(
     problem: Problem,
     processor: GradientProcessor | None,
     progress: Reporter,
+    kept: Checkpoints,
 ) -> Mapping[str, Normalizer]:
     """Those of the processor, of an optimizer or of a pass over the data; or none.
 
@@ -117,6 +119,7 @@ def normalizers_of(
         problem: Loss, model, linears and devices.
         processor: That of `--processor_path`; None without one.
         progress: Where the stage is shown.
+        kept: Where sums are saved, and from where they are continued.
 
     Returns:
         Module → its normalizer.
@@ -144,6 +147,7 @@ def normalizers_of(
             include_bias=config.include_bias,
             dtype=np.dtype(np.float64 if config.needs_float64 else np.float32),
             progress=progress,
+            kept=kept,
         )
     if config.rank and any(isinstance(each, AdamNormalizer) for each in made.values()):
         raise ConfigError(
@@ -154,8 +158,8 @@ def normalizers_of(
 
 
 def fitting_batches(
-    config: BuildConfig, inputs: Inputs, making: GradientPass, devices: int
-) -> Batches:
+    config: BuildConfig, inputs: Inputs, making: GradientPass, devices: int, *, settled: bool
+) -> tuple[BuildConfig, Batches]:
     """The same data in batches whose rows fit in memory.
 
     Args:
@@ -163,9 +167,10 @@ def fitting_batches(
         inputs: The data, in batches that suit the model alone.
         making: The pass that makes the rows.
         devices: Over which documents are spread.
+        settled: Whether the options are those of a run that is continued, in which they fit.
 
     Returns:
-        Batches of fewer documents, if need be.
+        The options with the sizes of batches settled, and batches of fewer documents, if need be.
 
     Raises:
         ConfigError: If one document's rows take more memory than there is.
@@ -186,7 +191,9 @@ def fitting_batches(
     budget = config.token_batch_size
     most = config.max_batch_size
     fit = max(1, int(SHARE * free) // one)
-    if tokens:
+    if settled:
+        pass
+    elif tokens:
         budget = max(longest, min(budget, fit))
     else:
         most = min(most or fit, fit)
@@ -197,4 +204,4 @@ def fitting_batches(
         max_length=inputs.shape.positions,
         max_documents=most,
     )
-    return Batches(documents, plan)
+    return replace(config, token_batch_size=budget, max_batch_size=most), Batches(documents, plan)

@@ -8,6 +8,8 @@ from types import TracebackType
 import numpy as np
 
 from jhessians.commands.build.config import BuildConfig
+from jhessians.devices.hosts import most_of_hosts
+from jhessians.fitting.checkpoints import Series
 from jhessians.influence.gradients import GradientPass, StoredRows
 from jhessians.interop.gradient_store import GradientWriter
 from jhessians.interop.layout import DTYPES
@@ -58,6 +60,27 @@ class Store:
             self._total += rows.values.sum(0, dtype=np.float64, keepdims=True)
         else:
             self._write(rows.first, rows.values)
+
+    @property
+    def state(self) -> tuple[np.ndarray, ...]:
+        """The sum so far, if rows are added up."""
+        return () if self._total is None else (self._total,)
+
+    def take_up(self, state: tuple[np.ndarray, ...], cut: int) -> None:
+        """Go on from what another store had, its `state` and `cut`."""
+        self._total = state[0] if state else None
+        self.cut = cut
+        if isinstance(self._file, GradientWriter):
+            self._file.cut = cut
+
+    def flush(self) -> None:
+        """Have all rows that were taken put onto the disk.
+
+        Raises:
+            OSError: If the disk is full or fails.
+        """
+        if self._file is not None:
+            self._file.flush()
 
     def _write(self, first: int, values: np.ndarray) -> None:
         assert self._file is not None
@@ -114,3 +137,42 @@ def open_store(config: BuildConfig, making: GradientPass, part: Path, *, writer:
         file, rows=rows, documents=len(making.counts), width=making.width,
         aggregation=config.aggregation,
     )  # fmt: skip
+
+
+class Place:
+    """How far a pass has come, saved now and then.
+
+    Args:
+        kept: Where that is saved, and from where it is continued.
+        making: The pass.
+        store: What takes its rows.
+
+    Attributes:
+        batches: How many are done.
+    """
+
+    def __init__(self, kept: Series, making: GradientPass, store: Store):
+        self._kept, self._making, self._store = kept, making, store
+        self.batches = 0
+        formats = tuple(array.dtype for array in store.state)
+        if saved := kept.load(lambda position: formats):
+            self.batches = saved.position["batches"]
+            making.kept, making.square = saved.position["kept"], saved.position["square"]
+            store.take_up(saved.arrays, saved.position["cut"])
+
+    def move(self, *, failed: bool) -> None:
+        """Count a batch, and save if it is time.
+
+        Args:
+            failed: Whether its rows could not be stored, so that there is nothing to save.
+
+        Raises:
+            OSError: If the disk is full or fails.
+        """
+        self.batches += 1
+        if not self._kept.due() or most_of_hosts(int(failed)):
+            return
+        self._store.flush()
+        position = {"batches": self.batches, "cut": self._store.cut,
+                    "kept": self._making.kept, "square": self._making.square}  # fmt: skip
+        self._kept.save(position, self._store.state)

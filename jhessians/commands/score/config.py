@@ -137,13 +137,13 @@ class _QuerySetOptions:
 @dataclass(frozen=True)
 class ScoreConfig(
     ConsoleOptions,
+    SavingOptions,
     ProfileOptions,
     _RunOptions,
     InversionOptions,
     _ScoreOptions,
     _QueryOptions,
     _QuerySetOptions,
-    SavingOptions,
     Replayable,
 ):
     """Everything that `score` depends on, besides what the Hessian's run says.

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from jhessians.capture.problem import Problem
+from jhessians.commands.resuming import positions_of
 from jhessians.commands.score.config import NONE, ScoreConfig
 from jhessians.commands.score.results import Results
 from jhessians.commands.score.work import Work
 from jhessians.config.units import count_in_words
-from jhessians.data.batching import Batch
 from jhessians.data.selecting import Column, ColumnBatches, columns_of
 from jhessians.fitting.checkpoints import Series
 from jhessians.influence.queries import QueryGroup, QueryPass
@@ -99,7 +97,7 @@ def score_all(
                 metric.forget_inverse()
         with progress.stage(f"Scores{suffix}", positions, "positions") as stage:
             batches = iter(work.batches)
-            stage.advance(_positions(metric.problem, islice(batches, place.batches)))
+            stage.advance(positions_of(metric.problem, islice(batches, place.batches)))
             for found in passing.run(batches, group, advance=stage.advance):
                 if results is not None:
                     _take(config, results, found, part_of, number * size)
@@ -162,12 +160,6 @@ class _Place:
                 self._results.flush()
             position = {"groups": self.group, "batches": self.batches, "shares": self.shares}
             self._kept.save(position, self._ranking.state)
-
-
-def _positions(problem: Problem, batches: Iterable[Batch]) -> int:
-    """About how many positions of some batches count, on all hosts."""
-    masks = [problem.mask(batch) for batch in batches]
-    return problem.hosts * sum(int(mask.sum()) for mask in masks if mask is not None)
 
 
 def _sum(passes: float, products: float | None) -> float | None:
