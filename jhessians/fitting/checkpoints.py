@@ -14,7 +14,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -310,6 +310,8 @@ class SavedSeries(Series):
             clock.writing, self._latest = self, position
             clock.obsolete = self._replaces if self.ended else None
         except Exception as error:
+            with _hushed(), suppress(Exception):  # of what it has begun, nothing goes on
+                self.manager.wait_until_finished()
             self.run.warn(f"the run's state can't be saved: {_in_a_line(error)}; the run goes on")
         clock.saved = time.monotonic()
         number = most_of_hosts(asked() or 0)

@@ -63,12 +63,13 @@ class Store:
 
     @property
     def state(self) -> tuple[np.ndarray, ...]:
-        """The sum so far, if rows are added up."""
-        return () if self._total is None else (self._total,)
+        """The sum so far, if rows are added up; otherwise a zero, since something must be saved."""
+        return (np.zeros((1, 1)) if self._total is None else self._total,)
 
     def take_up(self, state: tuple[np.ndarray, ...], cut: int) -> None:
         """Go on from what another store had, its `state` and `cut`."""
-        self._total = state[0] if state else None
+        if self._total is not None:
+            (self._total,) = state
         self.cut = cut
         if isinstance(self._file, GradientWriter):
             self._file.cut = cut
