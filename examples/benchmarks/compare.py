@@ -15,6 +15,7 @@ examples/benchmarks/results/.
 """
 
 import argparse
+import dataclasses
 import os
 import shlex
 import shutil
@@ -47,6 +48,8 @@ PRESETS = {
 
 AGREEMENT = 5e-5
 """Largest relative difference allowed: two float32 fits differ by up to 1e-5 in Λ."""
+
+UNSAVED = "unsaved"
 
 BERGSON_FACTORS = {
     "A": "activation_sharded",
@@ -100,8 +103,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--tokens", type=int, help="in all; default the preset's, 32768 without one")
-    add("--with", dest="extra", nargs="+", default=[], choices=["kronfluence"], metavar="TOOL",
-        help="compare with kronfluence too")
+    add("--with", dest="extra", nargs="+", default=[], metavar="TOOL",
+        choices=["kronfluence", UNSAVED],
+        help=f"compare with kronfluence, too, or with {UNSAVED}, ours without saved states")
     # fmt: on
     return parse(parser, words)
 
@@ -147,6 +151,10 @@ def contestants(options: argparse.Namespace, model: Path, data: Path | None = No
             BERGSON_FACTORS,
         ),
     ]  # fmt: skip
+    if UNSAVED in options.extra:
+        ours = tools[0]
+        never = [*ours.command, "--checkpoint_minutes", "0"]
+        tools.append(dataclasses.replace(ours, name=UNSAVED, command=never))
     if "kronfluence" in options.extra:
         folder = "fit/factors_ekfac"
         script = str(HERE / "peers.py")
@@ -241,7 +249,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the benchmark and return its exit code."""
     words = sys.argv[1:] if words is None else list(words)
     options = arguments(words)
-    wanted = ["bergson", *options.extra]
+    wanted = ["bergson", *(name for name in options.extra if name != UNSAVED)]
     try:
         peers.install(
             options.peers_env, wanted, shlex.split(options.torch), allowed=not options.skip_install
