@@ -22,6 +22,7 @@ from jhessians.cli.memory import (
     reached_limit,
 )
 from jhessians.config.option import name_flags
+from jhessians.devices.watch import lost_process
 from jhessians.errors import ConfigError, UserError, printable
 from jhessians.fitting.grace import Terminated, ask
 
@@ -220,7 +221,8 @@ def _describe(error: BaseException) -> tuple[str, int]:
             where = f" while writing {cause.filename}" if cause.filename else ""
             return f"the disk is full{where}; free some space and run again", EXIT_INPUT
     if _is_loss_of_a_host(error):
-        return "another process of this run ended; see its own message", EXIT_INPUT
+        name = lost_process() or "another process"
+        return f"{name} of this run ended; see its own message", EXIT_INPUT
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename or error}; choose another path", EXIT_INPUT
     if (reason := _no_devices(error)) is not None:
@@ -262,4 +264,5 @@ def _no_devices(error: BaseException) -> str | None:
 def _is_loss_of_a_host(error: BaseException) -> bool:
     # The words of the socket through which hosts talk.
     words = ("closed by peer", "reset by peer")
-    return is_from_jax(error) and any(each in str(error) for each in words)
+    text = str(error)
+    return ("Gloo" in text or is_from_jax(error)) and any(each in text for each in words)

@@ -10,8 +10,12 @@ import jax
 import numpy as np
 
 from jhessians.devices.mesh import in_host_memory
+from jhessians.devices.watch import watch
 from jhessians.errors import MeshError, UserError
 from jhessians.typing import Array
+
+HEARTBEAT = 50
+"""Seconds after which JAX gives a process up that doesn't answer, or doesn't come to the end."""
 
 
 def start_hosts() -> None:
@@ -30,13 +34,18 @@ def start_hosts() -> None:
     # Its handler of SIGTERM would replace ours, and not end the run.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(address, count, index)
+        jax.distributed.initialize(
+            address, count, index,
+            heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise MeshError(
             f"process {index} of {count} cannot join the others at {address}: {reason}; check "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
+    if jax.process_count() > 1:
+        watch(jax.process_index(), jax.process_count(), _everyones)
 
 
 def _whole_number(name: str) -> int | None:
