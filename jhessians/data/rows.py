@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jhessians.errors import ConfigError, DatasetError
-from jhessians.files import require_ordinary, require_ordinary_files
+from jhessians.files import open_input, require_ordinary, require_ordinary_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -206,7 +206,7 @@ def not_utf8(dataset: str) -> DatasetError:
 def _wrong_byte(path: Path) -> tuple[str, str] | None:
     """Where a file's text first isn't UTF-8, and what it may be; None if it nowhere is."""
     if path.is_file() and FILE_READERS.get(path.suffix.lower()) != "parquet":
-        with path.open("rb") as file:
+        with open_input(path) as file:
             for number, line in enumerate(file, start=1):
                 try:
                     line.decode()

@@ -104,8 +104,8 @@ def create_files(folder: Path, info: Mapping[str, Any], extras: Mapping[str, np.
     os.replace(part, folder / INFO)
 
 
-def reserve(path: Path, size: int) -> None:
-    """Take the room of a new file, of zeros, on the disk.
+def reserve(path: Path, size: int, head: bytes = b"") -> None:
+    """Take the room of a new file on the disk: a head, then zeros.
 
     A disk that fills up later would kill a process that writes to the file's memory map.
 
@@ -120,10 +120,12 @@ def reserve(path: Path, size: int) -> None:
             f"{free / 1e9:.3g} GB; free some space, choose another disk, or score fewer queries"
         )
     with path.open("xb") as file:
+        file.write(head)
+        file.flush()
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
         else:
-            for start in range(0, size, len(_ZEROS)):
+            for start in range(len(head), size, len(_ZEROS)):
                 file.write(_ZEROS[: size - start])
 
 
@@ -147,9 +149,7 @@ def create_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
     size = header.tell() + 4 * math.prod(shape)
     if not path.is_file() or path.stat().st_size != size:
         path.unlink(missing_ok=True)
-        reserve(path, size)
-    with path.open("r+b") as file:
-        file.write(header.getvalue())
+        reserve(path, size, header.getvalue())
     array: np.memmap = np.lib.format.open_memmap(path, mode="r+")
     return array
 

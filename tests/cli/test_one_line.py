@@ -154,7 +154,7 @@ def escapes_in_a_column(work):
 
 SPOILT = [
     (nested, ["config.json", "isn't valid JSON"]),
-    (listed_type, ["config.json", '["gpt2"]', "gpt2, gpt_neo"]),
+    (listed_type, ["config.json", "['gpt2']", "gpt2, gpt_neo"]),
     (more_layers_than_tensors, ["1199992 tensors", "the files hold 16", "number of layers"]),
     (tokenizer_without_vocabulary, ["tokenizer of", "no vocabulary", "--tokenizer"]),
     (latin_1, ["docs.jsonl', line 2, byte 0xe9 is no UTF-8, but Latin-1", "iconv"]),

@@ -8,10 +8,7 @@ import pytest
 
 from converters.hub import load_tokenizer
 from jhessians.cli.main import main
-from tests.cli import test_bad_input
-from tests.cli.test_bad_input import Work, the_line
-
-good, work = test_bad_input.good, test_bad_input.work
+from tests.cli.work import Work, the_line
 
 
 def in_place_of(path: Path) -> None:

@@ -72,15 +72,18 @@ def ending(monkeypatch):
 
 @pytest.mark.parametrize("options", [
     {},
-    {"module_partitions": 2, "num_shards": 3},
     {"method": "shampoo", "mc_samples": 2, "world_size": 4},
-    {"method": "autocorrelation", "projection_dim": 4, "normalizer": "adafactor"},
+    pytest.param({"module_partitions": 2, "num_shards": 3}, marks=pytest.mark.slow),
+    pytest.param(
+        {"method": "autocorrelation", "projection_dim": 4, "normalizer": "adafactor"},
+        marks=pytest.mark.slow,
+    ),
 ])  # fmt: skip
 def test_it_may_end_anywhere(config, ending, options, tmp_path):
     compute(config("whole", **options))
     expected = contents(tmp_path / "whole")
     ends = 0
-    for look in (1, 2, 4, 7, 11, 16, 22, 30, MOST):
+    for look in (1, 3, 8, 18, MOST):
         ending.left = look
         try:
             compute(config(resume=True, **options))
@@ -90,7 +93,7 @@ def test_it_may_end_anywhere(config, ending, options, tmp_path):
             ends += 1
         else:
             break
-    assert ends > 2
+    assert ends > 1
     found = contents(tmp_path / "run")
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []

@@ -121,4 +121,5 @@ def test_what_is_no_result_is_refused(model, tmp_path, capsys):
         copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
         shutil.copytree(model.parent / "scores", copy)
         (copy / name).write_text(content)
+        (copy / "manifest.json").unlink()  # which would say so first
         assert word in refused(copy, "-n", "25")

@@ -92,6 +92,9 @@ def test_damaged_folders_and_writes_that_fail(heard, checkpoint, tmp_path, monke
     loaded = load(checkpoint("gpt2"))
     save_flax(loaded, tmp_path / "flax")
     (tmp_path / "flax" / "parameters" / "manifest.ocdbt").unlink()
+    with pytest.raises(CheckpointError, match=r"parameters/manifest\.ocdbt is missing"):
+        load(tmp_path / "flax")
+    (tmp_path / "flax" / "manifest.json").unlink()  # as earlier versions left it
     with pytest.raises(CheckpointError, match="can't be read as a Flax checkpoint"):
         load(tmp_path / "flax")
 
