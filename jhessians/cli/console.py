@@ -22,7 +22,7 @@ from jhessians.cli.memory import (
     reached_limit,
 )
 from jhessians.config.option import name_flags
-from jhessians.devices.watch import lost_process
+from jhessians.devices.watch import loss
 from jhessians.errors import ConfigError, UserError, printable
 from jhessians.fitting.grace import Terminated, ask
 
@@ -221,8 +221,7 @@ def _describe(error: BaseException) -> tuple[str, int]:
             where = f" while writing {cause.filename}" if cause.filename else ""
             return f"the disk is full{where}; free some space and run again", EXIT_INPUT
     if _is_loss_of_a_host(error):
-        name = lost_process() or "another process"
-        return f"{name} of this run ended; see its own message", EXIT_INPUT
+        return loss(), EXIT_INPUT
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename or error}; choose another path", EXIT_INPUT
     if (reason := _no_devices(error)) is not None:

@@ -16,11 +16,12 @@ from jhessians.config.fingerprint import BY_CONTENT, NOT_NUMBERS, Fingerprint
 from jhessians.config.replay import DATA
 from jhessians.data.batching import Batch
 from jhessians.devices.hosts import most_of_hosts, together
+from jhessians.devices.watch import advise
 from jhessians.errors import ConfigError
 from jhessians.fitting.checkpoints import Checkpoints, SavedCheckpoints
 from jhessians.fitting.grace import saving
 from jhessians.interop.manifest import read_manifest
-from jhessians.interop.rundir import STATE, RunDirectory
+from jhessians.interop.rundir import STATE, RunDirectory, how_to_go_on
 from jhessians.report.progress import Progress
 
 FINGERPRINT = "fingerprint.json"
@@ -48,6 +49,7 @@ class Resuming:
         self._directory, self._folder = directory, directory.part / STATE
         self._given, self._warn = config.resolved_dict(), progress.warn
         self._earlier: Fingerprint | None = None
+        advise(lambda: progress.reword(how_to_go_on(directory.part) or ""))
         resumed = bool(most_of_hosts(int(directory.resumed)))
         if config.resume and not resumed:
             progress.note("No unfinished run has saved anything here: this one begins anew")

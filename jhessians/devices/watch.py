@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import select
 import socket
 import sys
@@ -31,6 +32,7 @@ class _Watch:
     def __init__(self) -> None:
         self.names: Sequence[str] = ()
         self.lost: int | None = None
+        self.advice: Callable[[], str] = lambda: ""
         self.known, self.leaving = threading.Event(), threading.Event()
 
 
@@ -47,34 +49,47 @@ def watch(index: int, count: int, exchange: Callable[[str], Sequence[str]]) -> N
     """
     listener = socket.create_server(("", 0), backlog=count) if index == 0 else None
     port = listener.getsockname()[1] if listener else 0
-    lines = [line.partition(" ") for line in exchange(f"{port} {socket.gethostname()}")]
+    mine = f"{port} {secrets.token_hex(8)} {socket.gethostname()}"
+    lines = [line.split(" ", 2) for line in exchange(mine)]
     _watch.names = [name for _, _, name in lines]
+    secret = bytes.fromhex(lines[0][1])  # whoever else connects isn't of this run
     # Registered after JAX's own, so called before it: from then on an end is no surprise.
     atexit.register(_watch.leaving.set)
     if listener is not None:
-        target: Callable[[], None] = lambda: _watch_all(listener, count)  # noqa: E731
+        target: Callable[[], None] = lambda: _watch_all(listener, count, secret)  # noqa: E731
     else:
         address = (_first_host(lines[0][2]), int(lines[0][0]))
-        target = lambda: _watch_first(address, index)  # noqa: E731
+        target = lambda: _watch_first(address, index, secret)  # noqa: E731
     threading.Thread(target=target, name="watch", daemon=True).start()
 
 
-def lost_process(seconds: float = PATIENCE) -> str | None:
+def advise(advice: Callable[[], str]) -> None:
+    """Say in the line with which this process ends, once another is gone, what to do.
+
+    Args:
+        advice: Gives a clause, empty if there is nothing to do.
+    """
+    _watch.advice = advice
+
+
+def loss(seconds: float = PATIENCE) -> str:
     """Which process is gone, if that is known or gets known soon.
 
     Args:
         seconds: How long to wait for it.
 
     Returns:
-        Such as "process 1 (host a)".
+        Such as "process 1 (host a) of this run ended; see its own message, if it left one".
     """
-    if not _watch.names or not _watch.known.wait(seconds):
-        return None
-    return _name(_watch.lost or 0)
+    known = _watch.names and _watch.known.wait(seconds)
+    return _describe(_watch.lost if known else None)
 
 
-def _name(index: int) -> str:
-    return f"process {index} (host {_watch.names[index]})"
+def _describe(index: int | None) -> str:
+    name = "another process"
+    if index is not None:
+        name = f"process {index} (host {_watch.names[index]})"
+    return f"{name} of this run ended; see its own message, if it left one"
 
 
 def _first_host(name: str) -> str:
@@ -83,15 +98,19 @@ def _first_host(name: str) -> str:
     return address.rpartition(":")[0].strip("[]") or name
 
 
-def _watch_all(listener: socket.socket, count: int) -> None:
+def _watch_all(listener: socket.socket, count: int, secret: bytes) -> None:
     """What the first process does: wait for one to go, and tell the others."""
     others: dict[socket.socket, int] = {}
-    with listener, suppress(OSError):
-        listener.settimeout(CONNECTING)
-        while len(others) < count - 1:
-            connection, _ = listener.accept()
-            _keep_alive(connection)
-            others[connection] = int.from_bytes(connection.recv(4), "big")
+    end = time.monotonic() + CONNECTING
+    with listener:
+        while len(others) < count - 1 and (left := end - time.monotonic()) > 0:
+            with suppress(OSError):
+                listener.settimeout(left)
+                connection, _ = listener.accept()
+                other = _greeting(connection, secret)
+                if other is not None:
+                    _keep_alive(connection)
+                    others[connection] = other
     while others:
         for connection in select.select(list(others), [], [])[0]:
             if _read(connection):
@@ -103,13 +122,26 @@ def _watch_all(listener: socket.socket, count: int) -> None:
             _end(index, PATIENCE)
 
 
-def _watch_first(address: tuple[str, int], index: int) -> None:
+def _greeting(connection: socket.socket, secret: bytes) -> int | None:
+    """The number of the process that connects; None if it isn't of this run."""
+    connection.settimeout(1)
+    try:
+        data = connection.recv(len(secret) + 4, socket.MSG_WAITALL)
+    except OSError:
+        data = b""
+    if data[:-4] == secret:
+        return int.from_bytes(data[-4:], "big")
+    connection.close()
+    return None
+
+
+def _watch_first(address: tuple[str, int], index: int, secret: bytes) -> None:
     """What every other process does."""
     with suppress(OSError):
         connection = socket.create_connection(address, CONNECTING)
         connection.settimeout(None)
         _keep_alive(connection)
-        connection.sendall(index.to_bytes(4, "big"))
+        connection.sendall(secret + index.to_bytes(4, "big"))
         while data := _read(connection):
             _end(int.from_bytes(data, "big"), PATIENCE)
         # Without its coordinator JAX ends this process at once, with a trace of its own stack.
@@ -142,7 +174,16 @@ def _end(index: int, patience: float) -> None:
         time.sleep(patience)
         if _watch.leaving.is_set():
             return
-    line = f"jhessians: error: {_name(index)} of this run ended; see its own message\n"
-    with suppress(OSError):
-        os.write(sys.stderr.fileno(), line.encode())
+    with suppress(Exception):  # standard error may be closed, the disk with the state gone
+        _say_last(f"jhessians: error: {_describe(index)}")
     os._exit(1)
+
+
+def _say_last(line: str) -> None:
+    """Write a line to standard error, and let nobody write after it."""
+    ours = os.dup(sys.stderr.fileno())
+    # JAX's threads are about to say the same in twenty lines.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.write(ours, line.encode())
+    advice = _watch.advice()
+    os.write(ours, f"; {advice}\n".encode() if advice else b"\n")

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-from jhessians.errors import CheckpointError, ConfigError, OutputError
+from jhessians.errors import CheckpointError, ConfigError, OutputError, UserError
 from jhessians.interop.hold import Hold, remove_leftover
 from jhessians.interop.manifest import MANIFEST, read_manifest, sync_folder, write_manifest
 
@@ -59,6 +59,11 @@ def has_state(part: Path) -> bool:
     return not part.is_symlink() and any(
         path.name.isdigit() or path.suffix == ".done" for path in found
     )
+
+
+def how_to_go_on(part: Path) -> str | None:
+    """What to do with an unfinished result; None if there is nothing to go on with."""
+    return f"pass `resume` to go on with what is saved in {part}" if has_state(part) else None
 
 
 def require_apart(path: Path, inputs: Iterable[str | Path]) -> None:
@@ -174,6 +179,8 @@ class RunDirectory:
         trace: TracebackType | None,
     ) -> None:
         if not self.writer:
+            if error is not None and not isinstance(error, UserError):  # those the writer has, too
+                self._advise(error)
             return
         assert self._hold is not None
         published = None
@@ -208,9 +215,13 @@ class RunDirectory:
         """Remove an unfinished result, unless a run can go on with it."""
         if has_state(self.part):
             if error is not None and not isinstance(error, ConfigError):
-                error.add_note(f"pass `resume` to go on with what is saved in {self.part}")
+                self._advise(error)
         elif not self._keep_part:
             shutil.rmtree(self.part, ignore_errors=True)
+
+    def _advise(self, error: BaseException) -> None:
+        if advice := how_to_go_on(self.part):
+            error.add_note(advice)
 
     def _check_free(self) -> None:
         path = self.path

@@ -110,6 +110,7 @@ class Progress:
             one's place.
         notes: What `note` was told.
         warnings: What `warn` was told.
+        reword: As it was given.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class Progress:
         self._clock = clock
         self._quiet = quiet
         self._around = around
-        self._reword = reword
+        self.reword = reword
         self._open: Stage | None = None
 
     @contextmanager
@@ -160,12 +161,12 @@ class Progress:
 
     def note(self, message: str) -> None:
         """Say one line between or inside stages."""
-        self.notes.append(self._reword(message))
+        self.notes.append(self.reword(message))
         self._say(self.notes[-1])
 
     def warn(self, message: str) -> None:
         """Say one line that belongs into the run's summary, too."""
-        self.warnings.append(self._reword(message))
+        self.warnings.append(self.reword(message))
         self._say(f"warning: {self.warnings[-1]}")
 
     def _say(self, line: str) -> None:
