@@ -18,9 +18,7 @@ from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute
 from jhessians.interop.gradient_store import GradientStore
 from jhessians.interop.processor import GradientProcessor
-from jhessians.interop.rundir import STATE
 from jhessians.interop.score_store import ScoreStore
-from tests.chaos.harness import contents
 from tests.oracles import bergson, checkpoints
 from tests.small import relative_error
 from tests.test_bergson import EIGENVECTORS, errors
@@ -249,68 +247,6 @@ def test_different_data_on_two_hosts_is_refused(model, tmp_path):
         for code, _, text in hosts.finish(60):
             assert code == 1 and "differ between the 2 processes" in the_error(text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.jsonl"]
-
-
-def contents_after(
-    run: Path, model: Path, *signals: tuple[int, int], later: float = 0
-) -> dict[str, object]:
-    """What two processes write that get signals, each pair a process and a number, and go on.
-
-    Args:
-        run: Where they write.
-        model: What they fit.
-        signals: Each comes once there is a new state.
-        later: Seconds, at most, by which it comes later, at random.
-    """
-    random = np.random.default_rng(0)
-    command = arguments(
-        run, model, "--max_tokens=20000", "--token_batch_size=64", "--checkpoint_minutes=0.01",
-        "--resume",
-    )  # fmt: skip
-    for victim, number in signals:
-        seen = set((run.with_suffix(".part") / STATE).glob("*/[0-9]*"))
-        with Hosts(command, command, devices=1) as hosts:
-            end = time.monotonic() + 60
-            while time.monotonic() < end:
-                saved = set((run.with_suffix(".part") / STATE).glob("*/[0-9]*"))
-                if any(path.name.isdigit() for path in saved - seen):
-                    break
-                time.sleep(0.05)
-            time.sleep(random.uniform(0, later))
-            hosts.processes[victim].send_signal(number)
-            results = hosts.finish(60)
-        assert not run.exists(), results
-        text = results[1 - victim][2]
-        if number == signal.SIGTERM:
-            assert [code for code, _, _ in results] == [143, 143], results
-            assert "terminated by SIGTERM; pass --resume to go on" in results[0][2]
-        elif victim == 1:
-            assert results[0][0] == 1
-            assert f"process 1 (host {socket.gethostname()}) of this run ended" in the_error(text)
-        else:  # JAX may have been first to end the process
-            named = f"process 0 (host {socket.gethostname()}) of this run ended" in text
-            assert named or results[1][0] == -signal.SIGABRT, text
-    with Hosts(command, command, devices=1) as hosts:
-        (code, output, text), _ = hosts.finish(100)
-    assert code == 0, text
-    assert ("Continues from what was saved" in text) == bool(signals)
-    return contents(run)
-
-
-KILLS = [(int(side), signal.SIGKILL) for side in np.random.default_rng(1).integers(0, 2, 10)]
-
-
-@pytest.mark.parametrize(
-    ("signals", "later"),
-    [([(1, signal.SIGKILL), (0, signal.SIGTERM)], 0.0),
-     pytest.param(KILLS, 1.0, marks=pytest.mark.slow)],
-    ids=["two", "ten"],
-)  # fmt: skip
-def test_runs_whose_hosts_die_go_on(model, tmp_path, signals, later):
-    found = contents_after(tmp_path / "killed", model, *signals, later=later)
-    expected = contents_after(tmp_path / "whole", model)
-    assert found.keys() == expected.keys()
-    assert [name for name in found if found[name] != expected[name]] == []
 
 
 @pytest.mark.parametrize("victim", [0, 1])
