@@ -18,7 +18,7 @@ from jhessians.data.batching import Batch
 from jhessians.devices.hosts import most_of_hosts, together
 from jhessians.devices.watch import advise
 from jhessians.errors import ConfigError
-from jhessians.fitting.checkpoints import Checkpoints, SavedCheckpoints
+from jhessians.fitting.checkpoints import Checkpoints, SavedCheckpoints, hushed
 from jhessians.fitting.grace import saving
 from jhessians.interop.manifest import read_manifest
 from jhessians.interop.rundir import STATE, RunDirectory, how_to_go_on
@@ -158,6 +158,7 @@ def resuming(
     with ExitStack() as stack:
         if config.checkpoint_minutes:
             stack.enter_context(saving(config.grace_seconds))
+        stack.enter_context(hushed())
         stack.callback(found.checkpoints.settle)
         yield found
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -199,8 +201,7 @@ class _Clock:
         if series is None:
             return True
         try:
-            with _hushed():
-                series.manager.wait_until_finished()
+            series.manager.wait_until_finished()
         except Exception as error:  # a fit goes on without, whatever Orbax meets
             warn(f"the run's state can't be saved: {_in_a_line(error)}; the run goes on")
             return False
@@ -255,15 +256,14 @@ class SavedSeries(Series):
             return None
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                with _hushed():
-                    only = ocp.args.Composite(position=ocp.args.JsonRestore())
-                    position = self.manager.restore(step, args=only).position
-                    wanted = like(position)
-                    flat = _flat(wanted)
-                    arrays = ocp.args.PyTreeRestore(
-                        item=flat, restore_args=jax.tree.map(_restore_args, flat)
-                    )
-                    found = self.manager.restore(step, args=ocp.args.Composite(arrays=arrays))
+                only = ocp.args.Composite(position=ocp.args.JsonRestore())
+                position = self.manager.restore(step, args=only).position
+                wanted = like(position)
+                flat = _flat(wanted)
+                arrays = ocp.args.PyTreeRestore(
+                    item=flat, restore_args=jax.tree.map(_restore_args, flat)
+                )
+                found = self.manager.restore(step, args=ocp.args.Composite(arrays=arrays))
             except Exception as error:  # the state before it may be whole
                 self.run.warn(f"a saved state can't be read: {_in_a_line(error)}")
                 continue
@@ -305,12 +305,11 @@ class SavedSeries(Series):
             position=ocp.args.JsonSave(dict(position)), arrays=ocp.args.PyTreeSave(_flat(arrays))
         )
         try:
-            with _hushed():
-                self.manager.save(step, args=items)
+            self.manager.save(step, args=items)
             clock.writing, self._latest = self, position
             clock.obsolete = self._replaces if self.ended else None
         except Exception as error:
-            with _hushed(), suppress(Exception):  # of what it has begun, nothing goes on
+            with suppress(Exception):  # of what it has begun, nothing goes on
                 self.manager.wait_until_finished()
             self.run.warn(f"the run's state can't be saved: {_in_a_line(error)}; the run goes on")
         clock.saved = time.monotonic()
@@ -342,11 +341,19 @@ def _in_a_line(error: Exception) -> str:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep back what Orbax logs of an error that it raises, too."""
+def hushed() -> Iterator[None]:
+    """Keep back what Orbax logs: of errors in its threads, too, which it raises later."""
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        # The record names absl's file where another library has made its logger.
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] != "orbax":
+            frame = frame.f_back
+        return frame is None
+
     logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
+    logger.addFilter(is_wanted)
     try:
         yield
     finally:
-        logger.disabled = before
+        logger.removeFilter(is_wanted)
