@@ -37,7 +37,7 @@ class Disk:
         self._words = [
             sys.executable, "-m", "jhessians", "compute", str(mount / "run"), "--model", str(model),
             "--dataset", str(model / "docs.jsonl"), "--token_batch_size", "64",
-            "--max_tokens", "60000", "--checkpoint_minutes", "0.01", "--world_size", "1",
+            "--max_tokens", "40000", "--checkpoint_minutes", "0.01", "--world_size", "1",
         ]  # fmt: skip
 
     def close(self):
