@@ -18,8 +18,9 @@ from jhessians.data.batching import Batch
 from jhessians.devices.hosts import most_of_hosts, together
 from jhessians.devices.watch import advise
 from jhessians.errors import ConfigError
-from jhessians.fitting.checkpoints import Checkpoints, SavedCheckpoints, hushed
+from jhessians.fitting.checkpoints import Checkpoints, SavedCheckpoints
 from jhessians.fitting.grace import saving
+from jhessians.fitting.hushed import hushed
 from jhessians.interop.manifest import read_manifest
 from jhessians.interop.rundir import STATE, RunDirectory, how_to_go_on
 from jhessians.report.progress import Progress

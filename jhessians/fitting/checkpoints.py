@@ -10,14 +10,11 @@ its own part, under a temporary name until it is whole.
 
 from __future__ import annotations
 
-import logging
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -338,22 +335,3 @@ def _restore_args(leaf: Any) -> Any:
 
 def _in_a_line(error: Exception) -> str:
     return " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Keep back what Orbax logs: of errors in its threads, too, which it raises later."""
-
-    def is_wanted(record: logging.LogRecord) -> bool:
-        # The record names absl's file where another library has made its logger.
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] != "orbax":
-            frame = frame.f_back
-        return frame is None
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(is_wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_wanted)
