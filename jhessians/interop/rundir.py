@@ -197,7 +197,10 @@ class RunDirectory:
             finished = self.part if self._keep_part and not has_state(self.part) else None
             self._hold.release(unmark=published or finished)
         if isinstance(error, OSError) and self._is_ours(error):
-            raise output_error(error, self.path) from error
+            said = output_error(error, self.path)
+            for note in getattr(error, "__notes__", ()):
+                said.add_note(note)
+            raise said from error
 
     def _take_leftover(self) -> None:
         """Continue or remove what an unfinished run left."""

@@ -109,6 +109,7 @@ def fill_after_a_save(disk, run, until):
     while not disk.states() and run.poll() is None:
         time.sleep(0.01)
     while not until():
-        assert run.poll() is None and time.monotonic() < end
+        assert time.monotonic() < end
+        assert run.poll() is None or until()
         disk.fill()
         time.sleep(0.005)

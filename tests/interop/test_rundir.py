@@ -15,7 +15,7 @@ import pytest
 
 from jhessians.errors import OutputError
 from jhessians.interop import hold, rundir
-from jhessians.interop.rundir import RunDirectory
+from jhessians.interop.rundir import STATE, RunDirectory, how_to_go_on
 
 begin = partial(RunDirectory, command="compute")
 
@@ -298,6 +298,14 @@ def test_a_disk_that_fills_up_during_the_run(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
     assert names(tmp_path) == ["run"]
     assert (tmp_path / "run" / "result").read_text() == "old"
+
+
+def test_a_disk_that_fills_up_after_something_was_saved(tmp_path):
+    with pytest.raises(OutputError, match="the disk is full") as raised:
+        with begin(tmp_path / "run") as part:
+            (part / STATE / "covariances" / "1").mkdir(parents=True)
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.__notes__ == [how_to_go_on(part)]
 
 
 def test_trouble_with_somebody_elses_file_keeps_its_own_error(tmp_path):
