@@ -84,8 +84,9 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("numbers", [
-    [(1, signal.SIGKILL), (0, signal.SIGKILL)], [(0, signal.SIGTERM)]
-], ids=["killed", "terminated"])  # fmt: skip
+    [(1, signal.SIGKILL), (0, signal.SIGTERM)],
+    pytest.param([(0, signal.SIGKILL), (1, signal.SIGTERM)], marks=pytest.mark.slow),
+])  # fmt: skip
 def test_both_go_on(model, whole, tmp_path, numbers):
     pair = Pair(tmp_path / "run", model)
     for victim, number in numbers:

@@ -98,7 +98,7 @@ def test_other_methods_and_inversions_are_bergsons_too(llama, tmp_path, method, 
     assert error(found, expected) < BERGSON_SCORES
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "gpt_neox"])
 def test_kronfluences_pairwise_and_self_scores(family, tmp_path):
     """Both sides fit for themselves."""
     model = checkpoints.build(family, tmp_path / "model", seed=1, **TINY)

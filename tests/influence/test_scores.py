@@ -142,7 +142,9 @@ def test_tokens_and_modules_add_up(case, rank):
             assert own[number][place] == pytest.approx(of_self[name][number, number], rel=1e-4)
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["per_module", "global"])
+@pytest.mark.parametrize(
+    "joint", [pytest.param(False, marks=pytest.mark.slow), True], ids=["per_module", "global"]
+)
 def test_rows_in_the_inverse_of_a_dense_hessian(case, joint):
     rows = jhessians.GradientRows(jhessians.Projection(32 if joint else 4))
     problem = case.unshared
@@ -202,7 +204,7 @@ def test_linears_with_inputs_of_their_own_are_known_by_their_own_eigenvectors():
     assert relative_error(found, total(expected)) < SCORES
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_experts_have_scores_too(devices):
     mixture = ExpertsConfig(3, 2, MLPConfig(6, "silu", "fused"))
     case = Case(devices, layers=1, experts=mixture)
