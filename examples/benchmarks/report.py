@@ -18,6 +18,7 @@ ARITHMETIC: dict[str, Callable[[Shape, int], Arithmetic]] = {
     "jhessians": models.needed,
     "bergson": models.bergson_does,
     "kronfluence": models.kronfluence_does,
+    "unsaved": models.needed,
 }
 
 

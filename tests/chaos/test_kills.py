@@ -83,7 +83,7 @@ class Victims:
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_runs_go_on(context, model, tmp_path, method):
     victims = Victims(context, model, tmp_path, method)
-    for seed in (0, 1) if method == "ekfac" else (1,):
+    for seed in (0, 1):
         victims.kill(seed)
 
 
