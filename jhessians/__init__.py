@@ -43,6 +43,8 @@ _MODULES = {
     "folds.tkfac": ("TKFAC",),
     "influence.curvature": ("Inverse",),
     "influence.factors": ("Factors", "load_factors", "precondition_by_factors"),
+    "influence.gauss_newton": ("add_gauss_newton_product", "gauss_newton_product"),
+    "influence.refinement": ("Refined", "refine"),
     "influence.scoring": ("document_gradients", "score", "self_influence"),
     "interop.gradient_store": ("GradientStore",),
     "interop.low_rank_store": ("LowRankStore",),

@@ -16,11 +16,22 @@ from jhessians.capture.products import Product
 from jhessians.typing import Array
 
 
-class Tapped(nnx.Module):
-    """A module that a tape is attached to as a whole: a linear, or a stack of blocks.
+class Attached(nnx.Module):
+    """A module that knows the tape of the pass that is traced.
 
     Attributes:
-        tape: Is asked to multiply, while a pass is traced.
+        tape: Of the pass; None outside of one.
+    """
+
+    tape: Any = None
+
+
+class Tapped(Attached):
+    """A module that a tape is attached to as a whole: a linear, or a stack of blocks.
+
+    It asks the tape to multiply.
+
+    Attributes:
         name: Under which name its statistics are reported; by default its path in the model.
         frozen: Whether it is passed over; modules inside it may be recorded nevertheless.
         members: Which linears of its stack are recorded; None for all.
@@ -28,7 +39,6 @@ class Tapped(nnx.Module):
         suffix: What its name ends with where that is its path.
     """
 
-    tape: Any = None
     name: str | None = None
     frozen: bool = False
     members: tuple[int, ...] | None = None
@@ -170,6 +180,8 @@ def attach(model: nnx.Module, tape: Any, prefix: str = "") -> None:
             if not module.frozen:
                 module.tape = tape
                 module.name = shared[0].name if shared else module.name or path + module.suffix
+        elif isinstance(module, Attached):
+            module.tape = tape
         elif shared:
             _listen(module, tape, shared)
 

@@ -26,11 +26,14 @@ class Routing(NamedTuple):
         choice: The number of the choice that each row stands for.
         row: The number of the row that stands for each choice, [t, k].
         counts: How many rows each expert has from each document, [expert, document].
+        backward_only: Whether derivatives of what is routed are taken backwards alone, by rules of
+            its own.
     """
 
     choice: Int[Array, " r"]
     row: Int[Array, "t k"]
     counts: Int[Array, "e n"]
+    backward_only = True
 
     @property
     def token(self) -> Int[Array, " r"]:
@@ -43,12 +46,19 @@ class Routing(NamedTuple):
         return self.counts.sum(1, dtype=jnp.int32)
 
 
-def route(choices: Int[Array, "n s k"], experts: int) -> Routing:
+class ForwardRouting(Routing):
+    """A routing where derivatives are taken forwards alone."""
+
+    backward_only = False
+
+
+def route(choices: Int[Array, "n s k"], experts: int, *, backward_only: bool = True) -> Routing:
     """The routing that follows from the tokens' choices.
 
     Args:
         choices: The experts that each token chooses, all different.
         experts: How many experts there are.
+        backward_only: See `Routing`.
 
     Returns:
         The routing, with n · s · k rows.
@@ -57,14 +67,14 @@ def route(choices: Int[Array, "n s k"], experts: int) -> Routing:
     flat = choices.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     chosen = jax.nn.one_hot(choices.reshape(n, s * k), experts, dtype=jnp.int32)
-    return Routing(
+    kind = Routing if backward_only else ForwardRouting
+    return kind(
         order.astype(jnp.int32),
         jnp.argsort(order).astype(jnp.int32).reshape(n * s, k),
         chosen.sum(1, dtype=jnp.int32).T,
     )
 
 
-@jax.custom_vjp
 def dispatch(tokens: Float[Array, "t d"], routing: Routing) -> Float[Array, "r d"]:
     """Copies of the tokens, one for each row.
 
@@ -77,16 +87,20 @@ def dispatch(tokens: Float[Array, "t d"], routing: Routing) -> Float[Array, "r d
     Returns:
         The rows, sorted by expert.
     """
+    return (_dispatch if routing.backward_only else _dispatched)(tokens, routing)
+
+
+def _dispatched(tokens: Array, routing: Routing) -> Array:
     return tokens[routing.token]
 
 
-dispatch.defvjp(
+_dispatch = jax.custom_vjp(_dispatched)
+_dispatch.defvjp(
     lambda tokens, routing: (tokens[routing.token], routing),
     lambda routing, g: (g[routing.row].sum(1), None),
 )
 
 
-@jax.custom_vjp
 def collect(rows: Float[Array, "r d"], routing: Routing) -> Float[Array, "t k d"]:
     """The rows of each token, in the order of its choices.
 
@@ -97,18 +111,26 @@ def collect(rows: Float[Array, "r d"], routing: Routing) -> Float[Array, "t k d"
     Returns:
         k rows of each token.
     """
+    return (_collect if routing.backward_only else _collected)(rows, routing)
+
+
+def _collected(rows: Array, routing: Routing) -> Array:
     return rows[routing.row]
 
 
-collect.defvjp(
+_collect = jax.custom_vjp(_collected)
+_collect.defvjp(
     lambda rows, routing: (rows[routing.row], routing),
     lambda routing, g: (g.reshape(-1, g.shape[-1])[routing.choice], None),
 )
 
 
-@jax.custom_vjp
 def grouped_product(
-    x: Float[Array, "r i"], kernels: Float[Array, "e i o"], sizes: Int[Array, " e"]
+    x: Float[Array, "r i"],
+    kernels: Float[Array, "e i o"],
+    sizes: Int[Array, " e"],
+    *,
+    backward_only: bool = True,
 ) -> Float[Array, "r o"]:
     """The rows of each group times the kernel of that group.
 
@@ -119,10 +141,15 @@ def grouped_product(
         x: Rows, group after group.
         kernels: The kernel of each group.
         sizes: How many rows each group has.
+        backward_only: See `Routing`.
 
     Returns:
         The products, in the order of `x`.
     """
+    return (_product if backward_only else _blockwise)(x, kernels, sizes)
+
+
+def _blockwise(x: Array, kernels: Array, sizes: Array) -> Array:
     rows, size = x.shape[0], _block_rows(x.shape[0], len(kernels))
     x = jnp.pad(x, ((0, size), (0, 0)))
 
@@ -141,10 +168,13 @@ def grouped_product(
     return lax.scan(group, y, (kernels, _starts(sizes), sizes))[0][:rows]
 
 
+_product = jax.custom_vjp(_blockwise)
+
+
 def _product_forward(
     x: Array, kernels: Array, sizes: Array
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return grouped_product(x, kernels, sizes), (x, kernels, sizes)
+    return _blockwise(x, kernels, sizes), (x, kernels, sizes)
 
 
 def _product_backward(residuals: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None]:
@@ -167,10 +197,10 @@ def _product_backward(residuals: tuple[Array, Array, Array], g: Array) -> tuple[
 
     # XLA drops this where the weights are constants, as they are in all of our passes.
     _, kernel_gradients = lax.scan(group, None, (_starts(sizes), sizes))
-    return grouped_product(g, kernels.swapaxes(-1, -2), sizes), kernel_gradients, None
+    return _blockwise(g, kernels.swapaxes(-1, -2), sizes), kernel_gradients, None
 
 
-grouped_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _starts(sizes: Int[Array, " e"]) -> Int[Array, " e"]:

@@ -38,7 +38,12 @@ class Tape:
         context: What the fold may know of the batch.
         layer: Inside a stack, the number of the layer.
         called: The names of the sites that were called, shared by the tapes of one pass.
+
+    Attributes:
+        backward_only: That derivatives are taken backwards alone.
     """
+
+    backward_only = True
 
     def __init__(
         self,

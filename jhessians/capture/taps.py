@@ -44,7 +44,9 @@ def product(x: Array, kernel: Array, routing: Routing | None = None) -> Array:
     Returns:
         [document, position..., out], or with a routing [row, out].
     """
-    return x @ kernel if routing is None else grouped_product(x, kernel, routing.sizes)
+    if routing is None:
+        return x @ kernel
+    return grouped_product(x, kernel, routing.sizes, backward_only=routing.backward_only)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jhessians.capture.checks import require_fit, require_shapes
@@ -27,7 +27,7 @@ from jhessians.capture.problem import Problem, keep_activations
 from jhessians.capture.site import Operands, Site, Statistics
 from jhessians.capture.tape import Tape, gather_weights
 from jhessians.capture.taps import add_scattered
-from jhessians.devices.mesh import axis_names, parameter_specs
+from jhessians.devices.mesh import axis_names, parameter_specs, where_explicit
 from jhessians.devices.precision import multiplying
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
@@ -177,11 +177,7 @@ def accumulate(
             rows,
             row_specs(sites, operands, mesh),
         )
-        if AxisType.Explicit in mesh.axis_types:  # there arrays must be moved in so many words
-            arguments = jax.tree.map(
-                lambda spec, tree: jax.device_put(tree, NamedSharding(mesh, spec)),
-                specs, arguments, is_leaf=lambda x: isinstance(x, P),
-            )  # fmt: skip
+        arguments = where_explicit(mesh, specs, arguments)
         return jax.shard_map(
             local, mesh=mesh, in_specs=specs, out_specs=(rows, P()), check_vma=False
         )(*arguments)

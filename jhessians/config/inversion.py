@@ -17,6 +17,9 @@ INVERSIONS = (
 )
 """Those of `jhessians.linalg.inverse`, which imports JAX."""
 
+REFINABLE = ("damped_inverse", "absolute_damped_inverse")
+"""Those that add a multiple of the identity, which a refinement solves with."""
+
 
 @dataclass(frozen=True)
 class InversionOptions:

@@ -131,8 +131,17 @@ def fetch(array: Array, index: Callable[[Array], Array] = lambda x: x) -> np.nda
 
 def most_of_hosts(count: int) -> int:
     """The largest of all hosts' numbers, which must be below 2³¹; all hosts call this."""
+    return int(np.max(_of_hosts(count)))
+
+
+def sum_of_hosts(count: int) -> int:
+    """The sum of all hosts' numbers, each of which must be below 2³¹; all hosts call this."""
+    return int(np.sum(_of_hosts(count), dtype=np.int64))
+
+
+def _of_hosts(count: int) -> Any:
     if jax.process_count() == 1:
         return count
     from jax.experimental import multihost_utils
 
-    return int(np.max(multihost_utils.process_allgather(np.int32(count))))
+    return multihost_utils.process_allgather(np.int32(count))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jhessians.errors import MeshError
@@ -105,6 +105,25 @@ def parameter_specs(state: nnx.State, mesh: Mesh) -> PyTree[P]:
         return variable.replace(P(*parts))
 
     return jax.tree.map(spec, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def where_explicit(mesh: Mesh, specs: PyTree[P], arguments: Any) -> Any:
+    """Move the arguments of a `shard_map` where the mesh's axes are explicit: JAX won't do it.
+
+    Args:
+        mesh: The devices.
+        specs: A spec in the place of each argument, or of a tree of arguments.
+        arguments: Arrays.
+
+    Returns:
+        The arguments, sharded by their specs; as they were, where JAX moves them itself.
+    """
+    if AxisType.Explicit not in mesh.axis_types:
+        return arguments
+    return jax.tree.map(
+        lambda spec, tree: jax.device_put(tree, NamedSharding(mesh, spec)),
+        specs, arguments, is_leaf=lambda x: isinstance(x, P),
+    )  # fmt: skip
 
 
 def put_batches(batches: PyTree[np.ndarray], mesh: Mesh | None) -> PyTree[Any]:

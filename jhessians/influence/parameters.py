@@ -43,22 +43,60 @@ class Place:
         Returns:
             Path → array, of the same shape and number format.
         """
-        kernel = jnp.asarray(arrays[self.kernel])
-        bias = None if self.bias is None else jnp.asarray(arrays[self.bias])
-        of_kernel = jnp.zeros_like(kernel)
-        of_bias = None if bias is None else jnp.zeros_like(bias)
+        changed = {name: change(name, x) for name, x in self.matrices(arrays).items()}
+        return self.arrays(changed, arrays)
+
+    def matrices(self, arrays: Mapping[Path, Array]) -> dict[str, Array]:
+        """The modules' matrices that some parameters' arrays hold.
+
+        Args:
+            arrays: By path, of the parameters' shapes, perhaps with further axes in front.
+
+        Returns:
+            Module → [..., out, in], the bias the last input.
+        """
+        kernel, found = jnp.asarray(arrays[self.kernel]), {}
         for name, index in self.names:
-            gradient = kernel[index].T
+            matrix = kernel[..., *index, :, :].swapaxes(-1, -2)
+            if self.bias is not None:
+                bias = jnp.asarray(arrays[self.bias])[..., *index, :, None]
+                matrix = jnp.concatenate([matrix, bias], -1)
+            found[name] = matrix
+        return found
+
+    def arrays(self, matrices: Mapping[str, Array], like: Mapping[Path, Any]) -> dict[Path, Array]:
+        """The parameters' arrays that hold some modules' matrices; zeros elsewhere.
+
+        Args:
+            matrices: Module → [..., out, in], the bias the last input.
+            like: Path → what has the parameter's shape and number format, perhaps with axes in
+                front.
+
+        Returns:
+            Kernel and bias, by path.
+        """
+        lead = jnp.shape(matrices[self.names[0][0]])[:-2]
+
+        def zeros(path: Path) -> Array:
+            shape = like[path].shape
+            return jnp.zeros((*lead, *shape[len(shape) - self._axes(path) :]), like[path].dtype)
+
+        kernel = zeros(self.kernel)
+        bias = None if self.bias is None else zeros(self.bias)
+        for name, index in self.names:
+            matrix = jnp.asarray(matrices[name]).astype(kernel.dtype)
+            inputs = kernel.shape[-2]
+            kernel = kernel.at[..., *index, :, :].set(matrix[..., :inputs].swapaxes(-1, -2))
             if bias is not None:
-                gradient = jnp.concatenate([gradient, bias[index][:, None]], 1)
-            new = change(name, gradient).astype(kernel.dtype)
-            of_kernel = of_kernel.at[index].set(new[:, : kernel.shape[-2]].T)
-            if of_bias is not None:
-                of_bias = of_bias.at[index].set(new[:, -1])
-        result = {self.kernel: of_kernel}
-        if self.bias is not None and of_bias is not None:
-            result[self.bias] = of_bias
+                bias = bias.at[..., *index, :].set(matrix[..., -1])
+        result = {self.kernel: kernel}
+        if self.bias is not None and bias is not None:
+            result[self.bias] = bias
         return result
+
+    def _axes(self, path: Path) -> int:
+        """How many axes a parameter has."""
+        return len(self.names[0][1]) + (2 if path == self.kernel else 1)
 
 
 def path_of(keys: Any) -> Path:

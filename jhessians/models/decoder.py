@@ -130,9 +130,10 @@ class Decoder(nnx.Module):
         h = self.embed(tokens)
         if lengths is None:
             lengths = jnp.full((n,), s, jnp.int32)
-        # A tape wants gradients alone; without one, any derivative may be wanted.
-        recorded = self.layers.tape is not None
-        where = positions(c.attention, lengths, s, h.dtype, backward_only=recorded)
+        # A tape knows which derivatives are taken; without one, any may be wanted.
+        tape = self.layers.tape
+        backward_only = tape is not None and tape.backward_only
+        where = positions(c.attention, lengths, s, h.dtype, backward_only=backward_only)
         h = self.layers(h, where, each_layer=tuple(each_layer(c.attention, c.layers)))
         return self.finish(h)
 

@@ -5,6 +5,7 @@ tokens: [document, position]. A document's loss is the sum over its labelled nex
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -51,12 +52,9 @@ class NextTokenLoss:
     def __call__(self, model: Decoder, batch: Batch) -> Float[Array, "*k"]:
         """The loss of this host's documents; one for each draw if there are several."""
         n, s = batch.tokens.shape
-        lengths = batch.position_mask.sum(1, dtype=jnp.int32) + 1
-        hidden = model.hidden(jnp.asarray(batch.tokens), lengths)
-
-        targets = jnp.pad(batch.labels[:, 1:], ((0, 0), (0, 1)), constant_values=NO_LABEL)
-        labelled = targets != NO_LABEL
-        weights = labelled.astype(at_least_float32(hidden.dtype))
+        hidden = self.outputs(model, batch)
+        targets = _targets(batch)
+        weights = (targets != NO_LABEL).astype(at_least_float32(hidden.dtype))
         count = jnp.maximum(weights.sum(1, keepdims=True), 1)
         if self.reduction != "sum":
             weights /= jnp.sqrt(count) if self.reduction == "mean" else count
@@ -66,6 +64,69 @@ class NextTokenLoss:
         flat = [x.reshape(n * s, *x.shape[2:]) for x in (targets, weights, document, position)]
         values = self._chunked(model, hidden.reshape(n * s, -1), *flat)
         return values if self.draws > 1 else values[0]
+
+    def outputs(self, model: Decoder, batch: Batch) -> Float[Array, "n s d"]:
+        """What the loss is a function of, position by position: the hidden states."""
+        lengths = batch.position_mask.sum(1, dtype=jnp.int32) + 1
+        return model.hidden(jnp.asarray(batch.tokens), lengths)
+
+    def hessian_products(
+        self,
+        model: Decoder,
+        batch: Batch,
+        outputs: Float[Array, "n s d"],
+        tangents: Float[Array, "k n s d"],
+    ) -> Float[Array, "k n s d"]:
+        """Products of J_zᵀ (diag p - p pᵀ) J_z, of the loss's Gauss-Newton Hessian at its outputs.
+
+        z are a position's logits, p their softmax, J_z their derivative by the outputs. The labels
+        play no part, but where there is none a position counts nothing. With the reduction `mean`
+        (or `mean_gradient`) a document's positions are averaged, otherwise added up.
+
+        Args:
+            model: Whose logits.
+            batch: Its documents.
+            outputs: From `outputs`.
+            tangents: The vectors.
+
+        Returns:
+            A product for each vector. Logits exist for a few positions at a time.
+
+        Raises:
+            ValueError: If the loss is `log_odds`, which is no cross-entropy.
+        """
+        if self.function != "cross_entropy":
+            raise ValueError(
+                f"the Gauss-Newton Hessian of {self.function} isn't known; expected cross_entropy"
+            )
+        k, (n, s, d) = len(tangents), outputs.shape
+        weights = (_targets(batch) != NO_LABEL).astype(at_least_float32(outputs.dtype))
+        if self.reduction != "sum":
+            weights /= jnp.maximum(weights.sum(1, keepdims=True), 1)
+
+        def step(_: None, chunk: tuple[Array, ...]) -> tuple[None, Array]:
+            hidden, tangents, weights = chunk
+            logits, back = jax.vjp(model.logits, hidden)
+            p = jax.nn.softmax(logits.astype(weights.dtype))
+
+            def one(tangent: Array) -> Array:
+                z = jax.jvp(model.logits, (hidden,), (tangent,))[1].astype(p.dtype)
+                z = weights[:, None] * p * (z - (p * z).sum(-1, keepdims=True))
+                (product,) = back(z.astype(logits.dtype))
+                return product
+
+            return None, jax.vmap(one, in_axes=1, out_axes=1)(tangents)
+
+        rows = n * s
+        size, chunks = _chunks(rows, model.config.vocabulary_size * (k + 1))
+        pieces = (
+            outputs.reshape(rows, d),
+            jnp.moveaxis(tangents.reshape(k, rows, d), 0, 1),
+            weights.reshape(rows),
+        )
+        _, found = lax.scan(step, None, tuple(_split(x, size, chunks) for x in pieces))
+        found = found.reshape(chunks * size, k, d)[:rows]
+        return jnp.moveaxis(found, 1, 0).reshape(k, n, s, d)
 
     def _chunked(
         self,
@@ -85,13 +146,8 @@ class NextTokenLoss:
             One loss for each draw of labels.
         """
         rows = hidden.shape[0]
-        size = max(1, min(rows, CHUNK_LOGITS // model.config.vocabulary_size))
-        chunks = -(-rows // size)
-        size = -(-rows // chunks)
-
-        def split(x: Array, fill: int = 0) -> Array:
-            width = ((0, chunks * size - rows),) + ((0, 0),) * (x.ndim - 1)
-            return jnp.pad(x, width, constant_values=fill).reshape(chunks, size, *x.shape[1:])
+        size, chunks = _chunks(rows, model.config.vocabulary_size)
+        split = partial(_split, size=size, chunks=chunks)
 
         def step(totals: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
             hidden, targets, weights, document, position = chunk
@@ -105,7 +161,7 @@ class NextTokenLoss:
             return totals + values, gradients
 
         fixed = lax.stop_gradient(hidden)
-        pieces = (split(fixed), split(targets, NO_LABEL), split(weights), split(document),
+        pieces = (split(fixed), split(targets, fill=NO_LABEL), split(weights), split(document),
                   split(position))  # fmt: skip
         zeros = jnp.zeros((self.draws,), weights.dtype)
         values, gradients = lax.scan(step, zeros, pieces)
@@ -141,6 +197,25 @@ class NextTokenLoss:
                 spread = normalizer - logits.mean(-1)
                 losses += self.label_smoothing * (spread - losses)
         return jnp.sum(weights * losses)
+
+
+def _targets(batch: Batch) -> Int[Array, "n s"]:
+    """The label of each position's next token; `NO_LABEL` where there is none."""
+    labels = jnp.asarray(batch.labels)
+    return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=NO_LABEL)
+
+
+def _chunks(rows: int, logits: int) -> tuple[int, int]:
+    """How many rows a chunk has, and how many chunks there are, for so many logits of a row."""
+    size = max(1, min(rows, CHUNK_LOGITS // logits))
+    chunks = -(-rows // size)
+    return -(-rows // chunks), chunks
+
+
+def _split(x: Array, size: int, chunks: int, fill: int = 0) -> Array:
+    """Rows as chunks, [chunk, row, ...], the last one filled up."""
+    width = ((0, chunks * size - len(x)),) + ((0, 0),) * (x.ndim - 1)
+    return jnp.pad(x, width, constant_values=fill).reshape(chunks, size, *x.shape[1:])
 
 
 def sample(

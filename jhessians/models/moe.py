@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jhessians.capture.linears import Tapped
+from jhessians.capture.linears import Attached, Tapped
 from jhessians.capture.routing import Routing, collect, dispatch, route
 from jhessians.capture.taps import product
 from jhessians.models.config import DecoderConfig, ExpertsConfig
@@ -66,7 +66,7 @@ class ExpertLinear(Tapped):
         return y + self.bias[...][expert]
 
 
-class MixtureOfExperts(nnx.Module):
+class MixtureOfExperts(Attached):
     """Σ weight_e · MLP_e(x) over the experts that the router chooses for x, and the shared MLP."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -96,7 +96,9 @@ class MixtureOfExperts(nnx.Module):
         if self.router_bias is not None:
             logits = logits + per_feature(self.router_bias[...], logits)
         choices, weights = choose(c, logits)
-        routing = route(choices, c.count)
+        # Without a tape, gradients are what is wanted as a rule.
+        backward_only = self.tape is None or self.tape.backward_only
+        routing = route(choices, c.count, backward_only=backward_only)
         rows = dispatch(h.reshape(-1, h.shape[-1]), routing)
         rows = self.down(gated(c.mlp, self.gate_up(rows, routing)), routing)
         chosen = collect(rows, routing).astype(weights.dtype)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jhessians.commands.resuming import positions_of
 from jhessians.commands.score.config import NONE, ScoreConfig
+from jhessians.commands.score.refining import Refiner
 from jhessians.commands.score.results import Results
 from jhessians.commands.score.work import Work
 from jhessians.config.units import count_in_words
@@ -88,7 +89,12 @@ def score_all(
             with progress.stage(f"Queries{suffix}"):
                 group = _query_group(config, work, making, columns_here, size)
                 place.take_shares(number * size, group.kept[: len(columns_here)])
-            if going_through is not None and work.queries is not None:
+            if work.refiner is not None:
+                group = _refined(
+                    work.refiner, group, columns_here, number * size, f"Refinement{suffix}",
+                    progress, results,
+                )  # fmt: skip
+            elif going_through is not None and work.queries is not None:
                 asked = columns_here if not aggregate else columns_of(work.queries, tokens=False)
                 lengths = work.queries.lengths[[column.document for column in asked]]
                 done, passes = going_through(lengths)
@@ -160,6 +166,28 @@ class _Place:
                 self._results.flush()
             position = {"groups": self.group, "batches": self.batches, "shares": self.shares}
             self._kept.save(position, self._ranking.state)
+
+
+def _refined(
+    refiner: Refiner,
+    group: QueryGroup,
+    columns: tuple[Column, ...],
+    first: int,
+    name: str,
+    progress: Progress,
+    results: Results | None,
+) -> QueryGroup:
+    with progress.stage(name, refiner.steps, "steps") as stage:
+        refined, found = refiner.refine(group, stage.advance)
+    count = len(columns)
+    before, after = found.residuals[0, :count], found.residuals[-1, :count]
+    progress.note(
+        f"{name}: {len(found.residuals) - 1} steps; residuals {before.min():.2g} to "
+        f"{before.max():.2g} before, {after.min():.2g} to {after.max():.2g} after"
+    )
+    if results is not None:
+        results.add_residuals(found.residuals[:, :count], found.objectives[:, :count], first)
+    return refined
 
 
 def _sum(passes: float, products: float | None) -> float | None:

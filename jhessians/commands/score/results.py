@@ -23,6 +23,7 @@ MODULE_SCORES = "module_scores.npy"
 MODULES = "modules.json"
 SELF_INFLUENCE = "self_influence.npy"
 COLUMNS = "columns.jsonl"
+REFINEMENT = "refinement.jsonl"
 
 
 class Results:
@@ -98,6 +99,24 @@ class Results:
             self._own = self._array(SELF_INFLUENCE, (len(self._numbers),))
         real = documents >= 0
         self._own[documents[real]] = own[real]
+
+    def add_residuals(self, residuals: np.ndarray, objectives: np.ndarray, first: int) -> None:
+        """How well consecutive columns' equations are solved.
+
+        Args:
+            residuals: Before the first step and after each, [step, column].
+            objectives: The same of the objectives.
+            first: The first column's number; what is known of later ones is forgotten.
+        """
+        path = self.folder / REFINEMENT
+        known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = [json.loads(line) for line in known[:first]]
+        for number, (of_column, objective) in enumerate(
+            zip(residuals.T, objectives.T, strict=True)
+        ):
+            lines.append({"column": first + number, "residuals": of_column.tolist(),
+                          "objectives": objective.tolist()})  # fmt: skip
+        _write_lines(path, lines)
 
     def flush(self) -> None:
         """Have all that was added put onto the disk."""

@@ -26,6 +26,7 @@ from jhessians.commands.problem import (
 )
 from jhessians.commands.score.config import NONE, OF_QUERIES, ScoreConfig
 from jhessians.commands.score.hessian import open_hessian, options_of_run
+from jhessians.commands.score.refining import ARRAYS, Refiner, refiner
 from jhessians.data.batches import Batches
 from jhessians.data.batching import plan_batches
 from jhessians.data.documents import Documents
@@ -61,6 +62,7 @@ class Work:
         aggregation: How queries are made one, or `none`.
         group_size: Queries that are in memory together.
         supporting: Which documents are known to be relevant to each query, for the demo.
+        refiner: Goes on from the factors' inverse; None if that is all.
     """
 
     inputs: Inputs
@@ -73,6 +75,7 @@ class Work:
     aggregation: str
     group_size: int
     supporting: list[list[int]] | None
+    refiner: Refiner | None = None
 
     def text_of(self, document: int) -> str:
         """A training document's text."""
@@ -144,8 +147,17 @@ def prepare(
         inverse = Inverse(
             cast(Any, config.inversion), config.damping_factor, config.ev_correction
         )  # fmt: skip
-        metric = metric_of(problem, source, inverse, dtype=np.dtype(
+        # A refiner takes the queries' gradients as they are and inverts itself.
+        held = None if config.refine != NONE else source
+        metric = metric_of(problem, held, inverse, dtype=np.dtype(
             np.float64 if run.precision == "fp64" else np.float32))  # fmt: skip
+        refining = None
+        if config.refine != NONE:
+            refining = refiner(
+                config, metric, source, hessian, inputs.batches.documents,
+                token_batch_size=run.token_batch_size, positions=inputs.shape.positions,
+                devices=devices,
+            )  # fmt: skip
     if config.hessian not in (None, NONE):
         fitted = options_of_run(str(config.hessian)).get("dataset")
         if config.dataset is not None and fitted != config.dataset:
@@ -155,11 +167,12 @@ def prepare(
             )
     size = _group_size(config, metric, len(columns))
     taken = size * query_bytes(metric, rank=config.query_rank)
+    taken *= 1 if refining is None else 1 + ARRAYS
     choice = settled_activations(run.activations, problem, batches, mesh, taken, progress.note)
     metric.problem = replace(problem, activations=cast(Activations, choice))
     return Work(
         inputs, batches, candidates, queries, columns, metric, run.token_batch_size,
-        config.query_aggregation, size, supporting,
+        config.query_aggregation, size, supporting, refining,
     )  # fmt: skip
 
 
@@ -169,6 +182,8 @@ def _group_size(config: ScoreConfig, metric: Metric, columns: int) -> int:
         return 1
     devices = metric.problem.mesh.size if metric.problem.mesh else 1
     each = query_bytes(metric, rank=config.query_rank) / devices
+    if config.refine != NONE:
+        each *= 1 + ARRAYS * devices  # these every device holds whole
     fit = max(1, int(SHARE * free_memory() / each))
     return min(config.query_batch_size or fit, columns)
 
