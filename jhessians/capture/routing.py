@@ -26,14 +26,16 @@ class Routing(NamedTuple):
         choice: The number of the choice that each row stands for.
         row: The number of the row that stands for each choice, [t, k].
         counts: How many rows each expert has from each document, [expert, document].
-        backward_only: Whether derivatives of what is routed are taken backwards alone, by rules of
-            its own.
     """
 
     choice: Int[Array, " r"]
     row: Int[Array, "t k"]
     counts: Int[Array, "e n"]
-    backward_only = True
+
+    @property
+    def backward_only(self) -> bool:
+        """Whether derivatives of what is routed are taken backwards alone, by rules of its own."""
+        return True
 
     @property
     def token(self) -> Int[Array, " r"]:
@@ -49,7 +51,10 @@ class Routing(NamedTuple):
 class ForwardRouting(Routing):
     """A routing where derivatives are taken forwards alone."""
 
-    backward_only = False
+    @property
+    def backward_only(self) -> bool:
+        """See `Routing`."""
+        return False
 
 
 def route(choices: Int[Array, "n s k"], experts: int, *, backward_only: bool = True) -> Routing:

@@ -34,12 +34,15 @@ def test_the_scores_are_those_of_bergsons_astra(case, tmp_path, reduction):
     words = ["--refine", "cg", "--refine_steps", STEPS, "--refine_tolerance", 0,
              "--refine_documents", 12, "--damping_factor", 0.1]  # fmt: skip
     found = case.score(tmp_path / "scores", *words, hessian=run)
-    astra = {"num_steps": STEPS, "solver": "cg", "batch_size": 12}
+    astra = ["--num_steps", STEPS, "--solver", "cg", "--astra.batch_size", 12]
     expected = bergson.ekfac_scores(
-        tmp_path / "theirs", case.model, case.data, case.queries, loss_reduction=reduction,
-        extra=[str(word) for name, value in astra.items()
-               for word in (f"--hessian_pipeline_cfg.astra.{name}", value)],
-    )  # fmt: skip
+        tmp_path / "theirs",
+        case.model,
+        case.data,
+        case.queries,
+        loss_reduction=reduction,
+        extra=[str(word) for word in astra],
+    )
     plain = case.score(tmp_path / "plain", "--damping_factor", 0.1, hessian=run)
     assert error(plain, expected) > 0.01  # or the comparison would show nothing
     assert error(found, expected) < 1e-4
@@ -90,7 +93,7 @@ def test_what_cannot_be_refined(case, tmp_path, capsys, words, line):
 
 def test_a_hessian_without_factors(tmp_path, capsys):
     model = checkpoints.build("llama", tmp_path / "model", seed=1, **TINY)
-    data = checkpoints.corpus(model, 5)
+    data = checkpoints.corpus(model, 2, lengths=(8, 30))
     words = ["compute", str(tmp_path / "run"), "--model", str(model), "--dataset", str(data),
              "--method", "autocorrelation", "--projection_dim", "4", "--quiet"]  # fmt: skip
     assert main(words) == 0
