@@ -29,7 +29,7 @@ def test_the_scores_are_those_of_bergsons_astra(case, tmp_path, reduction):
     folder.mkdir(parents=True)
     run = folder / "kfac"
     words = case.fit(run, "--precision", "fp64", "--hessian_dtype", "fp64",
-                     "--loss_reduction", reduction)  # fmt: skip
+                     "--loss_reduction", reduction, "--world_size", "1")  # fmt: skip
     assert main(words) == 0
     words = ["--refine", "cg", "--refine_steps", STEPS, "--refine_tolerance", 0,
              "--refine_documents", 12, "--damping_factor", 0.1]  # fmt: skip
@@ -41,6 +41,7 @@ def test_the_scores_are_those_of_bergsons_astra(case, tmp_path, reduction):
         case.data,
         case.queries,
         loss_reduction=reduction,
+        precision="fp32",  # theirs knows no other
         extra=[str(word) for word in astra],
     )
     plain = case.score(tmp_path / "plain", "--damping_factor", 0.1, hessian=run)
@@ -58,6 +59,7 @@ def test_residuals_are_written_and_fall(case, tmp_path):
         assert (np.diff(line["objectives"]) < 0).all()
 
 
+@pytest.mark.slow
 def test_groups_and_devices_do_not_matter(case, tmp_path):
     expected = refined(case, tmp_path / "scores")
     one_by_one = refined(case, tmp_path / "one", "--query_batch_size", 1, "--world_size", 1)

@@ -126,7 +126,13 @@ def with_adapters(model):
     return model
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name in ("gpt_neox", "experts") else pytest.mark.slow)
+        for name in MODELS
+    ],
+)
 def case(request):
     with jax.enable_x64(True):
         yield Case(request.param)
@@ -146,7 +152,9 @@ def test_products_are_those_of_the_dense_matrix(case, devices):
     assert relative_error(case.flat(found), expected) < 1e-10
 
 
-@pytest.mark.parametrize("reduction", ["mean", "mean_gradient"])
+@pytest.mark.parametrize(
+    "reduction", ["mean_gradient", pytest.param("mean", marks=pytest.mark.slow)]
+)
 def test_the_mean_over_a_documents_positions(single, reduction):
     problem, batches = single.problem(reduction=reduction)
     found = jhessians.gauss_newton_product(problem, batches, single.vectors())

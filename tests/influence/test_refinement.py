@@ -34,7 +34,7 @@ def refined(case, factors, devices=1, **options):
     return jhessians.refine(problem, batches, case.vectors(), factors, **options)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_many_steps_give_the_solution(case, factors, devices):
     found = refined(case, factors, devices, steps=300, tolerance=1e-9)
     expected = np.linalg.solve(damped(case, factors), case.flat(case.vectors()).T).T

@@ -78,11 +78,26 @@ def run_command(job: dict[str, Any]) -> None:
     if {"--max_batch_size", "--attribute_tokens"} & set(job["argv"]):
         module.careless_hessian_worker = original
         module.hessian_worker = obedient_hessian_worker
+    if "--solver" in job["argv"]:
+        copy_refined_rows()
     sys.argv = ["bergson", *job["argv"]]
     try:
         main()
     finally:
         module.hessian_worker = original
+
+
+def copy_refined_rows() -> None:
+    """Give `astra` copies of stored rows.
+
+    bergson 2.5.1 adds to them in place; on CPU and in float32 they are a file that is mapped for
+    reading, and the process dies.
+    """
+    from bergson.hessians.astra import Astra
+
+    read = Astra._read_row
+    if read.__name__ == "_read_row":
+        Astra._read_row = lambda *args: {name: x.clone() for name, x in read(*args).items()}
 
 
 def apply_preconditioner(job: dict[str, Any], rank: int | None = None) -> None:
