@@ -3,7 +3,7 @@
     G = Σ over documents and positions of Jᵀ (diag p - p pᵀ) J
 
 J is the derivative of a position's logits by the recorded weights, p their softmax. A product takes
-one pass forwards, of all vectors' tangents beside one another, and one backwards. Neither J nor a
+one pass forwards, of many vectors' tangents beside one another, and one backwards. Neither J nor a
 whole batch's logits ever exist.
 """
 
@@ -34,6 +34,11 @@ Vectors = Mapping[str, Float[Array | np.ndarray, "vector _ _"]]
 last input."""
 
 
+VECTORS_AT_ONCE = 16
+"""Whose activations of a layer are in memory together. Each such block goes through the model anew,
+which is one pass more to three for each vector."""
+
+
 @runtime_checkable
 class Convex(Protocol):
     """A loss that is a convex function of a model's outputs, as `NextTokenLoss` is."""
@@ -54,7 +59,8 @@ def gauss_newton_product(
 
     Divided by the number of documents it is a product of the Hessian that `fit` approximates. The
     time grows linearly with the vectors; on a device are, beside the model, three arrays as large
-    as all vectors and, for each vector, one layer's activations of a batch.
+    as all vectors, a batch's hidden states of each vector, and one layer's activations of
+    `VECTORS_AT_ONCE` of them.
 
     Args:
         problem: A loss with the methods of `Convex`, model, linears and devices.
@@ -165,10 +171,10 @@ def add_gauss_newton_product(
         def along(tangent: dict[Path, Array]) -> Array:
             return jax.jvp(partial(outputs, False), (chosen,), (tangent,))[1]
 
-        changes = jax.vmap(along)(tangents)
+        changes = lax.map(along, tangents, batch_size=VECTORS_AT_ONCE)
         found, back = jax.vjp(partial(outputs, True), chosen)
         cotangents = loss.hessian_products(whole({}), batch, found, changes)
-        (products,) = jax.vmap(back)(cotangents)
+        (products,) = lax.map(back, cotangents, batch_size=VECTORS_AT_ONCE)
         # What was gathered from shards is summed over devices by the gathering's own derivative.
         return {
             path: lax.psum(x, axes) if axes and specs[path] == P() else x

@@ -180,6 +180,14 @@ def test_a_model_that_is_spread_over_the_devices(single, monkeypatch):
     assert relative_error(single.flat(found), expected) < 1e-10
 
 
+def test_vectors_go_through_the_model_in_blocks(single, monkeypatch):
+    monkeypatch.setattr("jhessians.influence.gauss_newton.VECTORS_AT_ONCE", 2)
+    problem, batches = single.problem()
+    found = jhessians.gauss_newton_product(problem, batches, single.vectors(3))
+    expected = single.flat(single.vectors(3)) @ single.dense()
+    assert relative_error(single.flat(found), expected) < 1e-10
+
+
 def test_inside_a_callers_own_jit(single):
     problem, (batch, *_) = single.problem()
     vectors = single.vectors()

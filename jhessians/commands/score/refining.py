@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from jhessians.commands.problem import require_same_data
 from jhessians.commands.score.config import ScoreConfig
 from jhessians.data.batches import Batches
 from jhessians.data.batching import plan_batches
@@ -99,7 +98,7 @@ def refiner(
 
     Raises:
         CheckpointError: If the Hessian has no Kronecker factors, or those of other linears.
-        ConfigError: If fewer than one of the documents has a token to predict.
+        ConfigError: If none of the documents has a token to predict.
     """
     assert isinstance(metric, WholeGradients)
     if not isinstance(source, FactorSource):
@@ -122,6 +121,4 @@ def refiner(
     plan = plan_batches(
         chosen.lengths, token_batch_size=token_batch_size, devices=devices, max_length=positions
     )
-    batches = Batches(chosen, plan)
-    require_same_data(batches)
-    return Refiner(config, metric, factors, batches, count)
+    return Refiner(config, metric, factors, Batches(chosen, plan), count)
