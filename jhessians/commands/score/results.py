@@ -11,6 +11,7 @@ import numpy as np
 
 from jhessians.data.documents import Documents
 from jhessians.data.selecting import Column
+from jhessians.files import parse_json, read_text
 from jhessians.influence.ranking import Ranking
 from jhessians.interop.rundir import output_error
 from jhessians.interop.score_store import ScoreWriter, create_array
@@ -109,8 +110,8 @@ class Results:
             first: The first column's number; what is known of later ones is forgotten.
         """
         path = self.folder / REFINEMENT
-        known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        lines = [json.loads(line) for line in known[:first]]
+        known = read_text(path).splitlines() if path.exists() else []
+        lines = [parse_json(line) for line in known[:first]]
         for number, (of_column, objective) in enumerate(
             zip(residuals.T, objectives.T, strict=True)
         ):
