@@ -42,7 +42,7 @@ def main() -> None:
     documents = jhessians.Documents(np.concatenate(rows).astype(np.int32), None, offsets)
     plan = jhessians.plan_batches(documents.lengths, token_batch_size=2048)
     batches = list(jhessians.iterate_batches(documents, plan))
-    loss, model = jhessians.NextTokenLoss("dataset"), converters.load(options.model)
+    loss, model = jhessians.NextTokenLoss("dataset"), converters.load(options.model).model
     sites = jhessians.find_sites(loss, model, batches[0])
     ours = GaussNewtonPass(jhessians.Problem(loss, model, sites))
 
