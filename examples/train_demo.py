@@ -11,7 +11,6 @@ versions, as floating point does. Takes a few minutes on two CPU cores.
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -26,13 +25,13 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from converters import create, save
 from jhessians import (
     Batch,
-    BatchPlan,
     Decoder,
     Documents,
     NextTokenLoss,
     iterate_batches,
     plan_batches,
 )
+from jhessians.evaluation.training import shuffled
 
 POSITIONS = 128
 VOCABULARY = 640
@@ -137,18 +136,6 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], end: str 
     sequences = tokenizer([text + end for text in texts])["input_ids"]
     offsets = np.cumsum([0, *map(len, sequences)])
     return Documents(np.concatenate(sequences).astype(np.int32), None, offsets)
-
-
-def shuffled(plan: BatchPlan, rng: np.random.Generator) -> BatchPlan:
-    """The same shapes in another order, with other documents of the right length in them."""
-    batches = []
-    for shape in sorted(plan.shapes):
-        alike = [batch.documents for batch in plan.batches if batch.shape == shape]
-        documents = rng.permutation(np.concatenate(alike))
-        bounds = np.cumsum([len(members) for members in alike])[:-1]
-        parts = np.split(documents, bounds)
-        batches += [plan.batches[0]._replace(documents=part, shape=shape) for part in parts]
-    return replace(plan, batches=tuple(batches[i] for i in rng.permutation(len(batches))))
 
 
 def train(

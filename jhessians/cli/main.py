@@ -25,7 +25,7 @@ from jhessians.cli.memory import require_addresses
 from jhessians.cli.parsers import PROGRAM, build_parser, normalize_flags
 from jhessians.cli.streams import lasting_streams
 from jhessians.commands.command import Command
-from jhessians.commands.table import COMMANDS
+from jhessians.commands.table import COMMANDS, GROUPS
 from jhessians.config.option import check_all, options_of
 from jhessians.config.replay import contents_of_run, unfinished_path
 from jhessians.errors import ConfigError, OutputError, did_you_mean, printable
@@ -168,13 +168,17 @@ def _say(text: str, *, is_result: bool = True) -> None:
 
 
 def _top_help() -> str:
+    summaries: dict[str, str] = {}
+    for name, command in COMMANDS.items():
+        first = name.split()[0]
+        summaries[first] = GROUPS.get(first, command.summary)
     lines = [
         f"usage: {PROGRAM} COMMAND ...",
         "",
         "Kronecker-factored curvature of language models in JAX, for torch bergson.",
         "",
         "commands:",
-        *(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()),
+        *(f"  {name:<12}{summary}" for name, summary in summaries.items()),
         "",
         "options:",
         "  -h, --help  show this text and leave",
@@ -186,10 +190,28 @@ def _top_help() -> str:
     return "\n".join(lines)
 
 
+def _group_help(group: str) -> str:
+    members = [command for name, command in COMMANDS.items() if name.split()[0] == group]
+    lines = [
+        f"usage: {PROGRAM} {group} COMMAND ...",
+        "",
+        "commands:",
+        *(f"  {each.name.split()[1]:<12}{each.summary}" for each in members),
+        "",
+        f"`{PROGRAM} {group} COMMAND --help` explains a command.",
+    ]
+    return "\n".join(lines)
+
+
 def _dispatch(arguments: Sequence[str], on_debug: Callable[[], None]) -> None:
     if not arguments:
         raise ConfigError(f"no command given; try {PROGRAM} --help")
     name, *rest = arguments
+    if name in GROUPS:
+        if not rest or rest[0] in ("-h", "--help"):
+            _say(_group_help(name))
+            return
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name in ("-h", "--help"):
         _say(_top_help())
     elif name == "--version":

@@ -1,5 +1,6 @@
 """All subcommands, in the order of the list in `--help`."""
 
+from jhessians.commands import evaluate
 from jhessians.commands.apply import APPLY
 from jhessians.commands.build import BUILD
 from jhessians.commands.compute import COMPUTE
@@ -15,6 +16,7 @@ COMMANDS = {
         COMPUTE,
         SCORE,
         TOP,
+        *evaluate.EVALUATE,
         BUILD,
         APPLY,
         MIX,
@@ -22,4 +24,7 @@ COMMANDS = {
         VERIFY,
     )
 }
-"""By name."""
+"""By name, of one word or two."""
+
+GROUPS = {"evaluate": evaluate.SUMMARY}
+"""First words of names that have two, and what they do together."""

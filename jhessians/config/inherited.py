@@ -57,6 +57,25 @@ def prefixed(
     return dataclasses.make_dataclass(name, fields, frozen=True)
 
 
+def some_of(name: str, table: type, names: Iterable[str]) -> type:
+    """A table of some of another table's options, as they are.
+
+    Args:
+        name: Of the new dataclass.
+        table: A dataclass that has the options.
+        names: Which of its options.
+
+    Returns:
+        A frozen dataclass with the same defaults.
+    """
+    known = {each.name: each for each in dataclasses.fields(table)}
+    fields = [
+        (each, Any, dataclasses.field(default=known[each].default, metadata=known[each].metadata))
+        for each in names
+    ]
+    return dataclasses.make_dataclass(name, fields, frozen=True)
+
+
 def given(config: Any, names: Iterable[str]) -> Mapping[str, Any]:
     """The values of those options that are not left to the earlier run."""
     chosen = {name: getattr(config, name) for name in names}

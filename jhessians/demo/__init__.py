@@ -17,4 +17,10 @@ DATASET = _FOLDER / "facts.jsonl"
 QUESTIONS = _FOLDER / "questions.jsonl"
 """Prompts, completions, and the rows of `DATASET` that support each answer."""
 
-__all__ = ["DATASET", "MODEL", "QUESTIONS"]
+TWIN = _FOLDER / "twin"
+"""config.json of a smaller model, for which `BANK` was made."""
+
+BANK = _FOLDER / "bank"
+"""A bank of `jhessians evaluate bank`, of `TWIN` on the same documents and questions."""
+
+__all__ = ["BANK", "DATASET", "MODEL", "QUESTIONS", "TWIN"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-
-import numpy as np
+from collections.abc import Callable, Iterable
 
 from jhessians.influence.ranking import Ranked
 
@@ -42,25 +40,3 @@ def shortened(text: str, width: int) -> str:
         if len(line) <= width
         else textwrap.shorten(line, width, placeholder=" …") or (line[: width - 1] + "…")
     )
-
-
-def retrieval(scores: np.ndarray, relevant: Sequence[Sequence[int]]) -> dict[str, float]:
-    """How well rankings find the documents that are known to be relevant.
-
-    Args:
-        scores: [document, query].
-        relevant: The numbers of each query's relevant documents.
-
-    Returns:
-        `R-precision`, the share of relevant documents among the first R, of which there are R;
-        `MRR`, the mean of one over the rank of the first relevant one; `top-1`, how often that is
-        the first of all. Means over queries.
-    """
-    order = np.argsort(-scores, axis=0, kind="stable")
-    found = []
-    for query, documents in enumerate(relevant):
-        hits = np.isin(order[:, query], list(documents))
-        first = int(np.argmax(hits))
-        found.append((hits[: len(documents)].mean(), 1 / (first + 1), float(first == 0)))
-    means = np.mean(found, 0)
-    return dict(zip(("R-precision", "MRR", "top-1"), map(float, means), strict=True))

@@ -22,7 +22,6 @@ from jhessians.commands.score.listing import (
     HELPFUL,
     QUERIES_SHOWN,
     ranking_lines,
-    retrieval,
 )
 from jhessians.commands.score.passes import parts, score_all
 from jhessians.commands.score.results import Results, write_columns
@@ -34,6 +33,7 @@ from jhessians.devices.fingerprint import fingerprint
 from jhessians.devices.hosts import start_hosts, together
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
+from jhessians.evaluation.measures import retrieval
 from jhessians.interop.score_store import ScoreStore
 from jhessians.report.progress import Progress
 from jhessians.report.recorder import recording
@@ -174,6 +174,6 @@ def _render(config: ScoreConfig, work: Work, results: Results, progress: Progres
     if work.supporting is not None and config.top is None and config.candidates is None:
         scores = ScoreStore(results.folder).read_all()
         found = retrieval(scores, work.supporting)
-        words = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        words = ", ".join(f"{name} {values.mean():.3f}" for name, values in found.items())
         lines += ["", f"  Against the demo's known sources: {words}"]
     return "\n".join(lines)

@@ -118,15 +118,8 @@ def prepare(
     queries, supporting = None, None
     if not config.self:
         with progress.stage("Queries' data"), together():
-            is_demo = config.query is None
-            options = _query_options(config)
-            with _of_queries():
-                queries = read_batches(
-                    options, inputs.tokenizer, inputs.shape, mesh,
-                    token_batch_size=min(run.token_batch_size, inputs.shape.positions),
-                ).documents  # fmt: skip
-            supporting = _supporting(config, run) if is_demo else None
-            _require_predicted(queries)
+            queries = read_queries(config, run, inputs, mesh)
+            supporting = _supporting(config, run) if config.query is None else None
         require_same("queries", queries.tokens, queries.labels, queries.offsets)
     columns: tuple[Column, ...] = (Column(0),)
     if queries is not None and config.query_aggregation == NONE:
@@ -174,6 +167,30 @@ def prepare(
         inputs, batches, candidates, queries, columns, metric, run.token_batch_size,
         config.query_aggregation, size, supporting, refining,
     )  # fmt: skip
+
+
+def read_queries(config: ScoreConfig, run: ComputeConfig, inputs: Inputs, mesh: Mesh) -> Documents:
+    """The queries' data set; without one, the demo's questions.
+
+    Args:
+        config: Names it.
+        run: The Hessian's run, as far as it is repeated.
+        inputs: With the tokenizer and the model's shape.
+        mesh: The devices.
+
+    Returns:
+        A document for each query.
+
+    Raises:
+        UserError: If they can't be read, don't fit the model, or one predicts nothing.
+    """
+    with _of_queries():
+        queries = read_batches(
+            _query_options(config), inputs.tokenizer, inputs.shape, mesh,
+            token_batch_size=min(run.token_batch_size, inputs.shape.positions),
+        ).documents  # fmt: skip
+    _require_predicted(queries)
+    return queries
 
 
 def _group_size(config: ScoreConfig, metric: Metric, columns: int) -> int:

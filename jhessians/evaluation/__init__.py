@@ -1,0 +1,1 @@
+"""How good an attribution is: retrieval, linear datamodeling scores, retraining, baselines."""
