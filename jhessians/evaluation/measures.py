@@ -52,8 +52,8 @@ def mean_interval(
         Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
     rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), DRAWS)
-    means = counts @ np.asarray(values, np.float64) / len(values)
+    drawn = rng.integers(0, len(values), (DRAWS, len(values)), dtype=np.int32)
+    means = np.asarray(values, np.float64)[drawn].mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(np.mean(values)), float(low), float(high))
 

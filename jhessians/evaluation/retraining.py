@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool
 
 from jhessians.data.batches import Batches
 from jhessians.data.batching import Batch
@@ -86,7 +87,9 @@ class Retraining:
         self._step = jax.jit(spread(training.step, (True, False, True)), donate_argnums=0)
         self._losses = jax.jit(spread(losses, (True, False)))
 
-    def run(self, weights: Float[np.ndarray, "model document"]) -> Iterator[Trained]:
+    def run(
+        self, weights: Float[np.ndarray, "model document"] | Bool[np.ndarray, "model document"]
+    ) -> Iterator[Trained]:
         """Train one model for each row.
 
         Args:

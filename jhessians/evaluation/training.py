@@ -79,7 +79,7 @@ def document_losses(model: Decoder, batch: Batch) -> Float[Array, " n"]:
     Returns:
         In nats, summed over a document's labelled next tokens.
     """
-    lengths = batch.position_mask.sum(1, dtype=jnp.int32) + 1
+    lengths = jnp.asarray(batch.position_mask).sum(1, dtype=jnp.int32) + 1
     logits = model.logits(model.hidden(jnp.asarray(batch.tokens), lengths))[:, :-1]
     labels = jnp.asarray(batch.labels)[:, 1:]
     chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
@@ -136,7 +136,8 @@ class Training:
         def loss(parameters: nnx.State) -> Array:
             losses = document_losses(nnx.merge(self._graph, parameters), batch)
             of_rows = jnp.where(batch.document >= 0, weights[batch.document], 0)
-            return (of_rows * losses).sum() / (batch.labels[:, 1:] >= 0).sum()
+            targets = (batch.labels[:, 1:] >= 0).sum().astype(losses.dtype)
+            return (of_rows.astype(losses.dtype) * losses).sum() / targets
 
         gradient = jax.grad(loss)(state.parameters)
         updates, moments = self._optimizer.update(gradient, state.moments, state.parameters)
