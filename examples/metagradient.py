@@ -25,6 +25,7 @@ from jhessians import Batch, demo, iterate_batches, plan_batches
 from jhessians.commands.evaluate.bank import read_ground
 from jhessians.commands.evaluate.bank_config import BankConfig
 from jhessians.data.selecting import select
+from jhessians.devices.compiling import compiled
 from jhessians.evaluation.bank import Bank
 from jhessians.evaluation.measures import linear_datamodeling_scores, mean_interval
 from jhessians.evaluation.training import State, Training, document_losses
@@ -49,7 +50,7 @@ def metagradients(
     """
     step = jax.jit(training.step)
 
-    @jax.jit
+    @compiled
     def back(state: State, batch: Batch, cotangents: list) -> tuple[list, jax.Array]:
         numbers, rebuild = differentiable(state)
 
@@ -59,7 +60,7 @@ def metagradients(
         _, pull = jax.vjp(after, numbers, weights)
         return jax.vmap(pull)(cotangents)
 
-    @jax.jit
+    @compiled
     def at_the_end(state: State) -> tuple[jax.Array, list]:
         numbers, rebuild = differentiable(state)
         values, pull = jax.vjp(lambda numbers: losses(rebuild(numbers)), numbers)

@@ -40,7 +40,8 @@ from jhessians.evaluation.measures import (
 )
 
 HERE = Path(__file__).resolve().parent
-REFINEMENT = ("--refine", "cg", "--refine_steps", "20", "--refine_documents", "954")
+STEPS, DOCUMENTS = 10, 256
+REFINEMENT = ("--refine", "cg", "--refine_steps", str(STEPS), "--refine_documents", str(DOCUMENTS))
 QUERY_COLUMNS = ("--query_prompt_column", "prompt", "--query_completion_column", "completion")
 
 
@@ -153,7 +154,7 @@ class Table:
         for name, more in (
             ("bergson: EKFAC", ()),
             ("bergson: EKFAC + CG",
-             ("--num_steps", "20", "--solver", "cg", "--astra.batch_size", "954")),
+             ("--num_steps", str(STEPS), "--solver", "cg", "--astra.batch_size", str(DOCUMENTS))),
         ):  # fmt: skip
             run = self.work / name.replace(" ", "").replace(":", "-")
             command = [
@@ -185,9 +186,7 @@ class Table:
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         scores, seconds = np.load(out), time.perf_counter() - started
-        found = linear_datamodeling_scores(
-            scores, self.bank.subsets, self.bank.losses[:, self.few]
-        )
+        found = linear_datamodeling_scores(scores, self.bank.subsets, self.bank.losses[:, self.few])
         self._append(Row("metagradient (exact)", None, mean_interval(found), None, seconds))
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Bool
 
 from jhessians.data.batches import Batches
 from jhessians.data.batching import Batch
+from jhessians.devices.compiling import compiled
 from jhessians.evaluation.training import State, Training, document_losses
 from jhessians.typing import Array, Float, PyTree
 
@@ -84,8 +85,8 @@ class Retraining:
         def losses(state: State, batch: Batch) -> Array:
             return document_losses(training.model(state.parameters), batch)
 
-        self._step = jax.jit(spread(training.step, (True, False, True)), donate_argnums=0)
-        self._losses = jax.jit(spread(losses, (True, False)))
+        self._step = compiled(spread(training.step, (True, False, True)), donate_argnums=0)
+        self._losses = compiled(spread(losses, (True, False)))
 
     def run(
         self, weights: Float[np.ndarray, "model document"] | Bool[np.ndarray, "model document"]

@@ -27,6 +27,9 @@ from jhessians.typing import Array, Float
 SHAPES = 4
 """Shapes of batches, each of which is compiled."""
 
+EPS_ROOT = 1e-8
+"""Added under AdamW's root, so that a step has a derivative where a gradient is zero."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -49,12 +52,8 @@ class Recipe:
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """The optimizer of a training of so many steps."""
         rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, steps // 20, steps)
-        # Under the root, so that the update has a derivative where a gradient is zero.
         adam = optax.adamw(rate, b2=0.98, eps_root=EPS_ROOT, weight_decay=self.weight_decay)
         return optax.chain(optax.clip_by_global_norm(1.0), adam)
-
-
-EPS_ROOT = 1e-8
 
 
 class State(NamedTuple):

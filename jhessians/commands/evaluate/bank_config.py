@@ -49,7 +49,7 @@ class RecipeOptions:
     """How each model is trained."""
 
     epochs: int = option(
-        12, "How often every document is seen.", group=TRAINING, metavar="N", unit="epochs",
+        15, "How often every document is seen.", group=TRAINING, metavar="N", unit="epochs",
         minimum=1,
     )  # fmt: skip
     learning_rate: float = option(
