@@ -1,4 +1,4 @@
-"""Exact influence in a small model: `python examples/metagradient.py [--bank BANK] [--queries N]`.
+"""Exact influence in a small model: `python examples/metagradient.py [--bank BANK] [--out FILE]`.
 
 How would a query's loss after training change if a document weighed a little more in training? That
 derivative is found by reverse differentiation through all steps of the training, optimizer
@@ -105,14 +105,18 @@ def differentiable(state: State) -> tuple[list, Callable[[list], State]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bank", type=Path, default=demo.BANK)
-    parser.add_argument("--queries", type=int, default=16, help="spread evenly over all")
+    parser.add_argument("--queries", type=int, nargs="+", metavar="N",
+                        help="their numbers; without it 16, spread evenly over all")  # fmt: skip
     parser.add_argument("--out", type=Path, help="scores.npy, [document, query], to write")
     options = parser.parse_args(arguments)
     started = time.monotonic()
 
     bank = Bank.load(options.bank)
     ground = read_ground(BankConfig.from_yaml(options.bank))
-    chosen = spread(len(bank.whole), options.queries)
+    last = len(bank.whole) - 1
+    chosen = np.array(options.queries or np.linspace(0, last, min(16, last + 1)).round(), int)
+    if not 0 <= chosen.min() <= chosen.max() <= last:
+        parser.error(f"--queries: {options.bank} has those from 0 to {last}")
     asked = select(ground.queries.documents, chosen)
     plan = plan_batches(asked.lengths, token_batch_size=1 << 20, max_shapes=1)
     (batch,) = iterate_batches(asked, plan)
@@ -133,11 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
           f"{time.monotonic() - started:.0f} s")  # fmt: skip
     if options.out is not None:
         np.save(options.out, scores)
-
-
-def spread(queries: int, count: int) -> np.ndarray:
-    """The numbers of `count` queries, evenly among all."""
-    return np.linspace(0, queries - 1, min(count, queries)).round().astype(int)
 
 
 if __name__ == "__main__":

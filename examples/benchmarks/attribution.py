@@ -2,12 +2,12 @@
 
     python examples/benchmarks/attribution.py [--peers-env ENV] [--results DIR]
 
-For the model of a bank (`jhessians evaluate bank`; by default the demo's twin, whose bank ships with
-jhessians) every method of jhessians scores all documents for all queries, and so does torch bergson
-if there is an environment with it. Each row has the linear datamodeling score (LDS) and the
-R-precision against the demo's known sources, with 95 % bootstrap intervals over queries, and the
-seconds of fitting and scoring. The metagradient, which is exact, stands for the ceiling; it takes
-longest, so that it is computed for a few queries, and the table has a column for those alone.
+For the model of a bank (`jhessians evaluate bank`; by default the demo's twin, whose bank ships
+with jhessians) every method of jhessians scores all documents for some of the queries, and so does
+torch bergson if there is an environment with it. Each row has the linear datamodeling score (LDS)
+and the R-precision against the demo's known sources, with 95 % bootstrap intervals over queries,
+and the seconds of fitting and scoring. The metagradient, which is exact, stands for the ceiling; it
+takes longest, so that it has every third query, and the table has a column for those alone.
 
 Everything has the same damping factor, and the Fisher is of sampled labels.
 """
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ from jhessians.evaluation.measures import (
 HERE = Path(__file__).resolve().parent
 STEPS, DOCUMENTS = 10, 256
 REFINEMENT = ("--refine", "cg", "--refine_steps", str(STEPS), "--refine_documents", str(DOCUMENTS))
+COSINE = ("--unit_normalize",)
 QUERY_COLUMNS = ("--query_prompt_column", "prompt", "--query_completion_column", "completion")
 
 
@@ -51,8 +53,8 @@ class Row:
 
     Attributes:
         name: Of the method.
-        lds: Over all queries; None for the metagradient.
-        lds_of_few: Over the metagradient's queries.
+        lds: Over the queries; None for the metagradient.
+        lds_of_few: Over every third query.
         precision: R-precision; None for the metagradient.
         seconds: Of fitting and scoring, compilation included.
     """
@@ -76,8 +78,13 @@ class Table:
         self.options, self.work = options, work
         self.bank = Bank.load(options.bank)
         self.model = options.bank / MODEL
-        self.few = np.linspace(0, len(self.bank.whole) - 1, options.few).round().astype(int)
+        last = len(self.bank.whole) - 1
+        self.chosen = np.linspace(0, last, options.queries).round().astype(int)
+        self.losses = self.bank.losses[:, self.chosen]
         lines = Path(demo.QUESTIONS).read_text(encoding="utf-8").splitlines()
+        lines = [lines[query] for query in self.chosen]
+        self.questions = work / "questions.jsonl"
+        self.questions.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         self.relevant = [json.loads(line)["supporting"] for line in lines]
         self.rows: list[Row] = []
         self.per_query: dict[str, np.ndarray] = {}
@@ -87,10 +94,10 @@ class Table:
         started = time.perf_counter()
         scores = make()
         seconds += time.perf_counter() - started
-        found = linear_datamodeling_scores(scores, self.bank.subsets, self.bank.losses)
+        found = linear_datamodeling_scores(scores, self.bank.subsets, self.losses)
         precision = retrieval(scores, self.relevant)["R-precision"]
         self.per_query[name] = found
-        self._append(Row(name, mean_interval(found), mean_interval(found[self.few]),
+        self._append(Row(name, mean_interval(found), mean_interval(found[::3]),
                          mean_interval(precision), seconds))  # fmt: skip
 
     def _append(self, row: Row) -> None:
@@ -108,13 +115,13 @@ class Table:
             raise SystemExit(f"attribution.py: {' '.join(words)} ended with {code}")
         return read_scores(out)
 
-    def score(self, name: str, hessian: str, *more: str) -> np.ndarray:
+    def score(self, name: str, hessian: str, more: Sequence[str] = ()) -> np.ndarray:
         """Scores through a Hessian's inverse."""
         inputs = ("--model", str(self.model), "--dataset", str(demo.DATASET))
         damping = ("--damping_factor", str(self.options.damping)) if hessian != "none" else ()
         return self.ours(
             name, "score", "--hessian", hessian, *inputs, *damping,
-            "--query", str(demo.QUESTIONS), *QUERY_COLUMNS, *more,
+            "--query", str(self.questions), *QUERY_COLUMNS, *more,
         )  # fmt: skip
 
     def fit(self, name: str, method: str, *more: str) -> tuple[str, float]:
@@ -131,22 +138,21 @@ class Table:
 
     def of_jhessians(self) -> None:
         """Baselines, and every method, plain, corrected and refined."""
-        self.add("random", lambda: self.ours("random", "evaluate", "baseline",
-                                             "--baseline", "random"))  # fmt: skip
-        self.add("BM25", lambda: self.ours("bm25", "evaluate", "baseline"))
-        self.add("dot product", lambda: self.score("dot", "none"))
-        self.add("cosine", lambda: self.score("cosine", "none", "--unit_normalize"))
+        self.add("dot product", partial(self.score, "dot", "none"))
+        self.add("cosine", partial(self.score, "cosine", "none", COSINE))
+        like = ("evaluate", "baseline", "--like", str(self.work / "dot"))
+        self.add("random", partial(self.ours, "random", *like, "--baseline", "random"))
+        self.add("BM25", partial(self.ours, "bm25", *like))
         run, seconds = self.fit("autocorrelation", "autocorrelation", "--projection_dim", "16")
-        self.add("autocorrelation (TrackStar)",
-                 lambda: self.score("trackstar", run, "--unit_normalize"), seconds)  # fmt: skip
-        for method, name in (("kfac", "KFAC"), ("tkfac", "TKFAC"), ("shampoo", "Shampoo")):
+        self.add("autocorrelation (TrackStar)", partial(self.score, "trackstar", run, COSINE),
+                 seconds)  # fmt: skip
+        for method, name in (("tkfac", "TKFAC"), ("shampoo", "Shampoo"), ("kfac", "KFAC")):
             run, seconds = self.fit(method, method, "--ev_correction", "true")
-            self.add(name, lambda: self.score(method, run, "--ev_correction", "false"), seconds)
-            corrected = {"KFAC": "EKFAC", "Shampoo": "EK-Shampoo"}.get(name)
-            if corrected:
-                self.add(corrected, lambda: self.score(f"e{method}", run), seconds)
-            if corrected == "EKFAC":
-                self.add("EKFAC + CG", lambda: self.score("cg", run, *REFINEMENT), seconds)
+            score = partial(self.score, hessian=run)
+            self.add(name, partial(score, method, more=("--ev_correction", "false")), seconds)
+            if corrected := {"KFAC": "EKFAC", "Shampoo": "EK-Shampoo"}.get(name):
+                self.add(corrected, partial(score, f"e{method}"), seconds)
+        self.add("EKFAC + CG", partial(score, "cg", more=REFINEMENT), seconds)
 
     def of_bergson(self) -> None:
         """bergson's EKFAC with factors of its own, plain and refined."""
@@ -161,7 +167,7 @@ class Table:
                 *(python, "-m", "bergson", "ekfac", str(run), "--model", str(self.model)),
                 *("--method", "kfac", "--hessian_cfg.ev_correction", "true"),
                 *("--data.dataset", str(demo.DATASET), "--data.truncation", "true"),
-                *("--query.dataset", str(demo.QUESTIONS), "--query.truncation", "true"),
+                *("--query.dataset", str(self.questions), "--query.truncation", "true"),
                 *("--query.prompt_column", "prompt", "--query.completion_column", "completion"),
                 *("--token_batch_size", "2048", "--precision", "fp32"),
                 *("--hessian_pipeline_cfg.inversion_cfg.damping_factor",
@@ -177,16 +183,17 @@ class Table:
             self.add(name, make)
 
     def of_metagradient(self) -> None:
-        """The exact derivative, for a few queries."""
+        """The exact derivative, for every third query."""
         started = time.perf_counter()
         out = self.work / "metagradient.npy"
         command = [
             *(sys.executable, str(HERE.parent / "metagradient.py"), "--bank"),
-            *(str(self.options.bank), "--queries", str(self.options.few), "--out", str(out)),
+            *(str(self.options.bank), "--out", str(out)),
+            *("--queries", *map(str, self.chosen[::3])),
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         scores, seconds = np.load(out), time.perf_counter() - started
-        found = linear_datamodeling_scores(scores, self.bank.subsets, self.bank.losses[:, self.few])
+        found = linear_datamodeling_scores(scores, self.bank.subsets, self.losses[:, ::3])
         self._append(Row("metagradient (exact)", None, mean_interval(found), None, seconds))
 
 
@@ -217,7 +224,7 @@ def markdown(table: Table, record: dict) -> str:
          f"{row.seconds:.1f}"]
         for row in table.rows
     ]  # fmt: skip
-    header = ["scores", "LDS", f"LDS, {len(table.few)} queries", "R-precision", "seconds"]
+    header = ["scores", "LDS", f"LDS, {len(table.chosen[::3])} queries", "R-precision", "seconds"]
     return "\n".join([
         "# How good each attribution is",
         "",
@@ -225,7 +232,7 @@ def markdown(table: Table, record: dict) -> str:
         f"- versions: {', '.join(f'{name} {v}' for name, v in record['versions'].items())}",
         f"- command: `{record['command']}`",
         "",
-        f"{documents:,} documents, {len(table.bank.whole):,} queries, {models:,} models, each "
+        f"{documents:,} documents, {len(table.chosen):,} queries, {models:,} models, each "
         f"trained on {int(table.bank.subsets[0].sum()):,} of the documents; damping factor "
         f"{record['damping']:g}. Means over queries with 95 % bootstrap intervals over queries; "
         "seconds of fitting and scoring, compilation included.",
@@ -249,7 +256,8 @@ def main(words: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--bank", type=Path, default=demo.BANK, help="of the demo's documents and questions")
     add("--damping", type=float, default=0.1, help="damping factor of every inverse")
-    add("--few", type=int, default=16, help="queries of the metagradient; 0 for none")
+    add("--queries", type=int, default=48, help="spread evenly over the demo's questions")
+    add("--without-metagradient", action="store_true", help="leave the longest row out")
     add("--peers-env", type=Path, help="environment with torch bergson; without it no such rows")
     add("--results", type=Path, default=HERE / "results", help="folder to write")
     options = parser.parse_args(words)
@@ -258,7 +266,7 @@ def main(words: Sequence[str] | None = None) -> int:
         table.of_jhessians()
         if options.peers_env:
             table.of_bergson()
-        if options.few:
+        if not options.without_metagradient:
             table.of_metagradient()
     versions = peers.versions(sys.executable, ["jax", "flax", "optax", "numpy"])
     if options.peers_env:
@@ -270,6 +278,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": [asdict(row) for row in table.rows],
         "differences": {name: each._asdict() for name, each in differences(table).items()},
+        "queries": table.chosen.tolist(),
         "lds": {name: each.round(4).tolist() for name, each in table.per_query.items()},
     }  # fmt: skip
     options.results.mkdir(parents=True, exist_ok=True)
