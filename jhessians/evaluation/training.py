@@ -139,7 +139,8 @@ class Training:
             return (of_rows.astype(losses.dtype) * losses).sum() / targets
 
         gradient = jax.grad(loss)(state.parameters)
-        updates, moments = self._optimizer.update(gradient, state.moments, state.parameters)
+        with jax.numpy_dtype_promotion("standard"):  # optax has floats to the power of integers
+            updates, moments = self._optimizer.update(gradient, state.moments, state.parameters)
         return State(optax.apply_updates(state.parameters, updates), moments)
 
     def model(self, parameters: nnx.State | None = None) -> Decoder:

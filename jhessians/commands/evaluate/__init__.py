@@ -61,7 +61,7 @@ intervals. A column of the queries' data set lists the relevant documents.
 """,
     examples="""\
   jhessians evaluate recall scores/demo
-  jhessians evaluate recall scores/pythia --relevant sources --k 1 10 100
+  jhessians evaluate recall scores/pythia --relevant sources --recall_at 1 10 100
 """,
     config=RecallConfig,
     positionals=(

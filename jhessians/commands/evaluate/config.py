@@ -56,20 +56,20 @@ class RecallConfig(_Measuring):
         None, "Its split.",
         group=MEASURE, metavar="SPLIT", default_text="as it was scored, else train",
     )  # fmt: skip
-    k: tuple[str, ...] = option(
+    recall_at: tuple[str, ...] = option(
         ("1", "5", "10", "20"), "For which k to give recall@k.",
         group=MEASURE, value_type="list", metavar="K", default_text="1 5 10 20",
     )  # fmt: skip
 
     @property
     def cutoffs(self) -> list[int]:
-        """The numbers of `k`."""
-        return [int(each) for each in self.k]
+        """The numbers of `recall_at`."""
+        return [int(each) for each in self.recall_at]
 
     def validate(self) -> None:
         """Raise ConfigError unless the scores are named and the options make sense."""
         super().validate()
-        _check_counts("k", self.k)
+        _check_counts("recall_at", self.recall_at)
         if self.query_split is not None and self.query is None:
             raise ConfigError("--query_split is given without --query; give both, or neither")
 
