@@ -16,19 +16,25 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jhessians import Batch, demo, iterate_batches, plan_batches
-from jhessians.commands.evaluate.bank import read_ground
-from jhessians.commands.evaluate.bank_config import BankConfig
-from jhessians.data.selecting import select
-from jhessians.devices.compiling import compiled
-from jhessians.evaluation.bank import Bank
-from jhessians.evaluation.measures import linear_datamodeling_scores, mean_interval
-from jhessians.evaluation.training import State, Training, document_losses
+from jhessians import (
+    Bank,
+    Batch,
+    Training,
+    compiled,
+    demo,
+    document_losses,
+    linear_datamodeling_scores,
+    mean_interval,
+    open_experiment,
+)
+
+State = Any  # parameters and the optimizer's moments
 
 
 def metagradients(
@@ -111,25 +117,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     started = time.monotonic()
 
-    bank = Bank.load(options.bank)
-    ground = read_ground(BankConfig.from_yaml(options.bank))
+    bank, experiment = Bank.load(options.bank), open_experiment(options.bank)
     last = len(bank.whole) - 1
     chosen = np.array(options.queries or np.linspace(0, last, min(16, last + 1)).round(), int)
     if not 0 <= chosen.min() <= chosen.max() <= last:
         parser.error(f"--queries: {options.bank} has those from 0 to {last}")
-    asked = select(ground.queries.documents, chosen)
-    plan = plan_batches(asked.lengths, token_batch_size=1 << 20, max_shapes=1)
-    (batch,) = iterate_batches(asked, plan)
-    order = np.argsort(batch.document)
-    batch = Batch(*(part[order[batch.document[order] >= 0]] for part in batch))
+    batches = list(experiment.queries)
+    row_of = np.argsort(np.concatenate([batch.document for batch in batches]))[-last - 1 :]
 
     def losses(state: State) -> jax.Array:
-        return document_losses(ground.training.model(state.parameters), batch)
+        model = experiment.training.model(state.parameters)
+        found = jnp.concatenate([document_losses(model, batch) for batch in batches])
+        return found[row_of[chosen]]
 
-    weights = jnp.ones(len(ground.documents.documents))
     found, values = metagradients(
-        ground.training, losses, weights, lambda line: print(line, flush=True)
-    )
+        experiment.training, losses, jnp.ones(bank.subsets.shape[1]),
+        lambda line: print(line, flush=True),
+    )  # fmt: skip
     print(f"loss of a query: {values.mean():.4f} nats; in the bank {bank.whole[chosen].mean():.4f}")
     scores = -found.T
     lds = linear_datamodeling_scores(scores, bank.subsets, bank.losses[:, chosen])

@@ -30,8 +30,8 @@ from jhessians import (
     NextTokenLoss,
     iterate_batches,
     plan_batches,
+    shuffled,
 )
-from jhessians.evaluation.training import shuffled
 
 POSITIONS = 128
 VOCABULARY = 640

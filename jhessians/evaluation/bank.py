@@ -10,6 +10,7 @@ model/       that model, with its tokenizer, in Hugging Face's format
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,7 +106,13 @@ class Bank:
 
 def _read(path: Path, dtype: type, dimensions: int) -> np.ndarray:
     with open_input(path) as file:
-        found: np.ndarray = np.load(file, allow_pickle=False)
-    if found.dtype != dtype or found.ndim != dimensions:
-        raise ValueError(f"{path.name} holds {found.dtype} in {found.ndim} dimensions")
-    return found
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{path.name} has another version of numpy's format than 1.0")
+        shape, is_fortran, found = np.lib.format.read_array_header_1_0(file)
+        if found != dtype or len(shape) != dimensions or is_fortran:
+            raise ValueError(f"{path.name} holds {found} in {len(shape)} dimensions")
+        start, size = file.tell(), math.prod(shape) * found.itemsize
+        if file.seek(0, 2) - start != size:
+            raise ValueError(f"{path.name} has another size than that of its header")
+        file.seek(start)
+        return np.frombuffer(bytearray(file.read()), found).reshape(shape)

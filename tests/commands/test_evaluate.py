@@ -105,6 +105,7 @@ def test_recall_of_a_store(made, capsys):
         (["lds", "few", "--bank", "bank"], "scores of 4 documents for 3 queries; expected the 12"),
         (["lds", "part", "--bank", "bank"], "lacks the scores of some documents"),
         (["lds", "scores", "--bank", "odd"], "is damaged"),
+        (["lds", "scores", "--bank", "cut"], "cut is damaged: losses.npy has another size"),
         (["lds", "scores", "--bank", "bank", "--json", "taken"], "taken exists already"),
         (["lds", "scores", "--bank", "bank", "--overwrite"], "--overwrite is given without --json"),
         (["recall", "scores"], "name the queries' data set with --query"),
@@ -129,6 +130,8 @@ def test_bad_input_gets_one_line(made, monkeypatch, capsys, words, line):
     write_scores(folder / "part", scores, candidates=np.arange(DOCUMENTS))
     shutil.copytree(folder / "bank", folder / "odd")
     np.save(folder / "odd" / "whole.npy", np.zeros(7, np.float32))
+    shutil.copytree(folder / "bank", folder / "cut")
+    os.truncate(folder / "cut" / "losses.npy", 200)
     (folder / "taken").write_text("mine")
     rows = [{"text": "x", "bad": [DOCUMENTS]}] * QUERIES
     (folder / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))

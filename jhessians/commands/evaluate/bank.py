@@ -29,7 +29,7 @@ from jhessians.data.batches import Batches
 from jhessians.data.sources import DataOptions
 from jhessians.devices.fingerprint import fingerprint
 from jhessians.devices.mesh import make_mesh
-from jhessians.errors import CheckpointError, NumericsError
+from jhessians.errors import CheckpointError, DatasetError, NumericsError
 from jhessians.evaluation.bank import MODEL, Bank, Contents
 from jhessians.evaluation.retraining import Retraining, models_at_once, random_subsets
 from jhessians.evaluation.training import Recipe, Training
@@ -37,7 +37,7 @@ from jhessians.report.progress import Progress
 
 
 @dataclass(frozen=True)
-class Ground:
+class Experiment:
     """What models are trained on and asked.
 
     Attributes:
@@ -62,7 +62,7 @@ class Ground:
         )
 
 
-def read_ground(config: BankConfig) -> Ground:
+def read_experiment(config: BankConfig) -> Experiment:
     """Read all that models are made of.
 
     Args:
@@ -95,7 +95,25 @@ def read_ground(config: BankConfig) -> Ground:
     )  # fmt: skip
     model = converters.create(settings, rngs=nnx.Rngs(config.seed))
     training = Training(model, documents.documents, recipe)
-    return Ground(training, documents, queries, tokenizer, settings)
+    return Experiment(training, documents, queries, tokenizer, settings)
+
+
+def open_experiment(bank: str | Path) -> Experiment:
+    """What a finished bank's models were trained on and asked.
+
+    Args:
+        bank: Its folder.
+
+    Returns:
+        The training and the queries, as they were.
+
+    Raises:
+        UserError: If something can't be read, or changed since.
+    """
+    experiment = read_experiment(BankConfig.from_yaml(bank))
+    if experiment.contents != Bank.load(bank).contents:
+        raise DatasetError(f"documents or queries changed since {bank} was made; make it anew")
+    return experiment
 
 
 def make_bank(config: BankConfig) -> str:
@@ -120,25 +138,27 @@ def make_bank(config: BankConfig) -> str:
         replayed, config = config.replayed, state.taken_up(config)
         config = replace(config, models_at_once=config.models_at_once or models_at_once(mesh))
         with progress.stage("Data"):
-            ground = read_ground(config)
+            experiment = read_experiment(config)
         contents = {
-            DATA: ground.contents.documents, "the queries": ground.contents.queries,
-            "the model's beginning": fingerprint(ground.training.model()),
+            DATA: experiment.contents.documents, "the queries": experiment.contents.queries,
+            "the model's beginning": fingerprint(experiment.training.model()),
         }  # fmt: skip
         state.begin(config, contents, replayed)
         subsets = random_subsets(
-            config.models, len(ground.documents.documents), config.share, config.seed
+            config.models, len(experiment.documents.documents), config.share, config.seed
         )
-        retraining = Retraining(ground.training, ground.queries, mesh, config.models_at_once or 1)
+        retraining = Retraining(
+            experiment.training, experiment.queries, mesh, config.models_at_once or 1
+        )
         with progress.stage("Model of all documents"):
             everything = np.ones((1, subsets.shape[1]))
             (whole,) = retraining.run(everything)
             _require_finite(whole.losses, "all documents")
-            trained = ground.training.model(jax.tree.map(lambda x: x[0], whole.parameters))
-            converters.save(trained, part / MODEL, tokenizer=ground.tokenizer, overwrite=True)
+            trained = experiment.training.model(jax.tree.map(lambda x: x[0], whole.parameters))
+            converters.save(trained, part / MODEL, tokenizer=experiment.tokenizer, overwrite=True)
         series = state.checkpoints.series("models")
         losses = _losses(retraining, subsets, len(whole.losses[0]), series, progress)
-        Bank(subsets, losses, whole.losses[0], ground.contents).save(part)
+        Bank(subsets, losses, whole.losses[0], experiment.contents).save(part)
         _write_config(part, config)
         state.checkpoints.settle()
         stack.close()

@@ -6,8 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from jhessians.commands.evaluate.bank import read_ground
-from jhessians.commands.evaluate.bank_config import BankConfig
+from jhessians.commands.evaluate.bank import open_experiment
 from jhessians.commands.evaluate.config import RemovalConfig
 from jhessians.commands.evaluate.reading import (
     open_bank,
@@ -19,7 +18,7 @@ from jhessians.commands.evaluate.reading import (
 from jhessians.config.option import name_flags, options_of
 from jhessians.config.units import seconds_in_words
 from jhessians.devices.mesh import make_mesh
-from jhessians.errors import ConfigError, DatasetError
+from jhessians.errors import ConfigError
 from jhessians.evaluation.measures import mean_interval
 from jhessians.evaluation.retraining import Retraining, models_at_once
 from jhessians.report.progress import Progress
@@ -51,14 +50,12 @@ def removal(config: RemovalConfig) -> str:
     names = {each.name for each in options_of(type(config))}
     progress = Progress(quiet=config.quiet, reword=partial(name_flags, names=names))
     with progress.stage("Data"):
-        ground = read_ground(BankConfig.from_yaml(where))
-        if ground.contents != bank.contents:
-            raise DatasetError(f"documents or queries changed since {where} was made; make it anew")
+        experiment = open_experiment(where)
     chosen = np.linspace(0, queries - 1, config.queries).round().astype(int)
     weights, meant = _plan(config, scores, chosen)
     mesh = make_mesh(None)
     at_once = config.models_at_once or models_at_once(mesh)
-    retraining = Retraining(ground.training, ground.queries, mesh, at_once)
+    retraining = Retraining(experiment.training, experiment.queries, mesh, at_once)
     found = []
     with progress.stage("Models", len(weights), "models") as stage:
         for each in retraining.run(weights):
