@@ -19,6 +19,7 @@ from jhessians.commands.compute.pipeline import compute
 from jhessians.interop.gradient_store import GradientStore
 from jhessians.interop.processor import GradientProcessor
 from jhessians.interop.score_store import ScoreStore
+from tests import small
 from tests.oracles import bergson, checkpoints
 from tests.small import relative_error
 from tests.test_bergson import EIGENVECTORS, errors
@@ -50,7 +51,7 @@ class Hosts:
             port = free.getsockname()[1]
         shared = {
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": small.xla_flags(devices),
             "JAX_PLATFORMS": "cpu",
         }
         joined = {
