@@ -1,5 +1,6 @@
 """Tiny models and data sets, filled by numpy: a test compiles nothing before it starts."""
 
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,6 +18,11 @@ from jhessians.models.config import (
     RopeConfig,
 )
 from jhessians.models.decoder import Decoder
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS of a process with so many virtual devices, for the rest those of the tests."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
 
 
 def fill(create: Callable[[], nnx.Module], seed: int = 0) -> nnx.Module:

@@ -16,9 +16,12 @@ from jhessians.commands.build.config import BuildConfig
 from jhessians.commands.build.pipeline import build
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import compute
+from jhessians.commands.score.config import ScoreConfig
+from jhessians.commands.score.pipeline import score
 from jhessians.interop.gradient_store import GradientStore
 from jhessians.interop.processor import GradientProcessor
 from jhessians.interop.score_store import ScoreStore
+from tests import small
 from tests.oracles import bergson, checkpoints
 from tests.small import relative_error
 from tests.test_bergson import EIGENVECTORS, errors
@@ -50,7 +53,7 @@ class Hosts:
             port = free.getsockname()[1]
         shared = {
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": small.xla_flags(devices),
             "JAX_PLATFORMS": "cpu",
         }
         joined = {
@@ -141,10 +144,9 @@ def test_two_processes_score_as_one_does(model, tmp_path):
     options = {"model": str(model), "dataset": str(model / "docs.jsonl")}
     compute(ComputeConfig(str(tmp_path / "run"), **options, world_size=1, quiet=True))
     query = checkpoints.corpus(model, 3, seed=7, lengths=(8, 30, 17), name="query.jsonl")
-    flags = ["--hessian", str(tmp_path / "run"), "--query", str(query), "--normalize", "root_self"]
-    with Hosts([str(tmp_path / "one"), *flags], devices=1, name="score") as hosts:
-        ((code, _, errors_0),) = hosts.finish()
-        assert code == 0, errors_0
+    options = {"hessian": str(tmp_path / "run"), "query": str(query), "normalize": "root_self"}
+    score(ScoreConfig(run_path=str(tmp_path / "one"), **options, world_size=1, quiet=True))
+    flags = [f"--{option}={value}" for option, value in options.items()]
     command = [str(tmp_path / "two"), *flags, "--query_batch_size", "2", "--fsdp"]
     with Hosts(command, command, name="score") as hosts:
         (code, output, errors_0), (other, silent, errors_1) = hosts.finish()

@@ -115,7 +115,11 @@ def widened(batches, positions):
 
 @pytest.mark.parametrize(
     ("labels", "devices", "fsdp", "rows"),
-    [("sampled", 8, True, 512), ("dataset", 7, False, 32), ("sampled", 6, True, 32)],
+    [
+        pytest.param("sampled", 8, True, 512, marks=pytest.mark.slow),
+        ("dataset", 7, False, 32),
+        ("sampled", 6, True, 32),
+    ],
 )
 def test_devices(references, model, data, labels, devices, fsdp, rows):
     batches = small.batches(data, token_batch_size=rows, max_shapes=1, devices=devices)

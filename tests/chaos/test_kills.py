@@ -80,7 +80,10 @@ class Victims:
         return resumed
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [
+    pytest.param("ekfac", marks=pytest.mark.slow),  # partitions are EKFAC's as well
+    "partitions", "autocorrelation",
+])  # fmt: skip
 def test_killed_runs_go_on(context, model, tmp_path, method):
     victims = Victims(context, model, tmp_path, method)
     for seed in (0, 1):

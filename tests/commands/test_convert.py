@@ -19,6 +19,7 @@ from converters.loading import parameters
 from jhessians.cli.main import main
 from jhessians.commands.convert import ConvertConfig
 from jhessians.config.option import options_of
+from tests import small
 from tests.oracles import bergson, checkpoints
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
@@ -223,7 +224,7 @@ def test_two_hosts_convert_what_one_does(hugging_face, flax, tmp_path):
                 [sys.executable, "-m", "jhessians", "convert", *command],
                 env={
                     **os.environ,
-                    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                    "XLA_FLAGS": small.xla_flags(2),
                     "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                     "JAX_NUM_PROCESSES": "2",
                     "JAX_PROCESS_ID": str(index),

@@ -170,7 +170,9 @@ def test_other_weights_are_refused(config, unfinished, model, tmp_path):
         compute(config(resume=True, model=str(other)))
 
 
-@pytest.mark.parametrize(("before", "after"), [(8, 2), (4, 1)])
+@pytest.mark.parametrize(("before", "after"), [
+    pytest.param(8, 2, marks=pytest.mark.slow), (4, 1),
+])  # fmt: skip
 def test_fewer_devices_may_go_on(config, ending, tmp_path, before, after):
     compute(config("whole", world_size=before, token_batch_size=8 * 32 // before))
     for look in (3, 12):

@@ -162,8 +162,11 @@ def large(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("kind", ["hf", "flax"])
+@pytest.mark.parametrize(("kind", "dtype"), [
+    ("hf", "bfloat16"), ("flax", "float32"),
+    pytest.param("hf", "float32", marks=pytest.mark.slow),
+    pytest.param("flax", "bfloat16", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_peak_memory_of_a_large_checkpoint(large, tiny, kind, dtype, record_property):
     (found,) = measured(large[kind], tiny[kind], dtype=dtype)
     size = size_of(large["hf"])

@@ -220,7 +220,7 @@ def test_two_hosts_find_what_one_finds(tmp_path):
     for hosts in (1, 2):
         environment = {
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // hosts}",
+            "XLA_FLAGS": small.xla_flags(4 // hosts),
             "JAX_PLATFORMS": "cpu",
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
             "PYTHONPATH": str(Path(__file__).parents[2]),

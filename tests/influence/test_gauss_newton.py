@@ -19,7 +19,8 @@ from tests.small import LLAMA, relative_error
 from tests.test_invariance import sharded
 
 LENGTHS = [6, 3, 5, 1, 4, 2, 7]
-SIZES = {"hidden_size": 8, "heads": 1, "mlp_size": 6, "vocabulary_size": 11}
+VOCABULARY = 11
+SIZES = {"hidden_size": 8, "heads": 1, "mlp_size": 6, "vocabulary_size": VOCABULARY}
 MODELS = {
     "gpt_neox": {"layers": 2},
     "llama": {"layers": 1, **LLAMA},
@@ -35,7 +36,7 @@ class Case:
         graph, state = nnx.split(small.decoder(**SIZES, **MODELS[name]))
         wide = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.float64), state))
         self.model = change(wide)
-        self.documents = small.documents(LENGTHS, vocabulary=11)
+        self.documents = small.documents(LENGTHS, vocabulary=VOCABULARY)
         self.plan = {"token_batch_size": 16, "max_shapes": 2}
 
     def problem(self, devices=1, reduction="sum", model=None):
@@ -65,18 +66,28 @@ class Case:
         """Of every document with a label: the logits [position, v], and their Jacobian."""
         offsets = self.documents.offsets
         ends = zip(offsets[:-1], offsets[1:], strict=True)
-        return [self.jacobian(self.documents.tokens[a:b]) for a, b in ends if b - a > 1]
+        documents = [self.documents.tokens[a:b] for a, b in ends if b - a > 1]
+        # All as long as the longest, for one compilation: no logit depends on what follows it.
+        length = max(LENGTHS)
+        padded = [np.pad(tokens, (0, length - len(tokens))) for tokens in documents]
+        logits = np.asarray(self.model(jnp.asarray(np.stack(padded))))
+        jacobians = self.jacobians(padded).reshape(len(documents), length - 1, VOCABULARY, -1)
+        found = zip(documents, logits, jacobians, strict=True)
+        return [(z[: len(x) - 1], jacobian[: len(x) - 1]) for x, z, jacobian in found]
 
-    def jacobian(self, tokens):
-        """A row of one batch for each logit, whose gradient is that of its document."""
-        positions, vocabulary = len(tokens) - 1, 11
-        rows = positions * vocabulary
-        batch = {
-            "tokens": np.tile(tokens, (rows, 1)),
-            "place": np.repeat(np.arange(positions), vocabulary),
-            "logit": np.tile(np.arange(vocabulary), positions),
-            "position_mask": np.ones((rows, len(tokens)), bool),
-        }
+    def jacobians(self, documents):
+        """[every document's logits, all weights]: each in a row of its own, with its gradient."""
+        length = len(documents[0])
+        rows = (length - 1) * VOCABULARY
+        batches = [
+            {
+                "tokens": np.tile(tokens, (rows, 1)),
+                "place": np.repeat(np.arange(length - 1), VOCABULARY),
+                "logit": np.tile(np.arange(VOCABULARY), length - 1),
+                "position_mask": np.ones((rows, length), bool),
+            }
+            for tokens in documents
+        ]
 
         def one_logit(model, batch):
             logits = model(jnp.asarray(batch["tokens"]))
@@ -84,11 +95,8 @@ class Case:
             return jnp.take_along_axis(of_place, batch["logit"][:, None], 1).sum()
 
         problem = replace(self.problem()[0], loss=one_logit)
-        gradients = jhessians.map_documents(
-            jhessians.DocumentGradients(jnp.float64), problem, [batch]
-        )
-        jacobian = self.flat(gradients).reshape(positions, vocabulary, -1)
-        return np.asarray(self.model(jnp.asarray(tokens[None])))[0, :-1], jacobian
+        fold = jhessians.DocumentGradients(jnp.float64)
+        return self.flat(jhessians.map_documents(fold, problem, batches))
 
     def dense(self, reduction="sum"):
         total = 0

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jhessians.interop.tensors import _take_entry, _take_window
+from tests import small
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +48,7 @@ def test_two_processes_write_one_result_and_share_a_failure(tmp_path):
         port = str(free.getsockname()[1])
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": small.xla_flags(4),
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "PYTHONPATH": str(ROOT),
