@@ -1,5 +1,6 @@
 """All subcommands, in the order of the list in `--help`."""
 
+from jhessians.commands.advise import ADVISE
 from jhessians.commands.apply import APPLY
 from jhessians.commands.build import BUILD
 from jhessians.commands.compute import COMPUTE
@@ -15,6 +16,7 @@ COMMANDS = {
         COMPUTE,
         SCORE,
         TOP,
+        ADVISE,
         BUILD,
         APPLY,
         MIX,
