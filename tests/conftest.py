@@ -21,7 +21,7 @@ def xla_knows(flag: str) -> bool:
 
 
 # XLA's older code for fused operations computes the same and compiles faster: tests take a fifth
-# less time. What is given in XLA_FLAGS comes later and so wins: with =true, tests take the newer one.
+# less time. What is given in XLA_FLAGS comes later and wins: with =true, tests take the newer one.
 QUICK = "xla_cpu_use_fusion_emitters"
 flags = os.environ.get("XLA_FLAGS", "")
 if QUICK not in flags and xla_knows(QUICK):

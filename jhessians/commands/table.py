@@ -1,6 +1,7 @@
 """All subcommands, in the order of the list in `--help`."""
 
 from jhessians.commands import evaluate
+from jhessians.commands.advise import ADVISE
 from jhessians.commands.apply import APPLY
 from jhessians.commands.build import BUILD
 from jhessians.commands.compute import COMPUTE
@@ -17,6 +18,7 @@ COMMANDS = {
         SCORE,
         TOP,
         *evaluate.EVALUATE,
+        ADVISE,
         BUILD,
         APPLY,
         MIX,

@@ -35,3 +35,13 @@ def rate_in_words(rate: float, unit: str) -> str:
 def count_in_words(count: int, thing: str) -> str:
     """`1 document`, `1,024 documents`."""
     return f"{count:,} {thing}" + ("" if count == 1 else "s")
+
+
+def share_in_words(share: float) -> str:
+    """A part of a whole: `0%`, `4.1%`, `38%`, `> 999%`; `-` where there is no number."""
+    if share != share:
+        return "-"
+    if share > 9.995:
+        return "> 999%"
+    digits = 1 if 0 < share < 0.0995 else 0
+    return f"{100 * share:.{digits}f}%"

@@ -50,6 +50,7 @@ class Summary:
         product: What was fitted, in the plural.
         coverage: Which share of the parameters is recorded, and what is passed over and why, a
             line each.
+        spectrum: What the factors' eigenvalues say, a line each.
         notes: Lines that were said on the way; they are not said again.
         number_format: Of the model, such as "float32, stored in bfloat16".
         warnings: One line each.
@@ -72,6 +73,7 @@ class Summary:
     padding_share: float = 0.0
     product: str = "factors"
     coverage: Sequence[str] = field(default_factory=tuple)
+    spectrum: Sequence[str] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
     number_format: str = ""
     warnings: Sequence[str] = field(default_factory=tuple)
@@ -131,9 +133,10 @@ def render(summary: Summary) -> str:
     lines = [f"{summary.method} {summary.product} are in {summary.run_path}", ""]
     width = max(map(len, facts)) + 2
     lines += [f"  {name:<{width}}{value}" for name, value in facts.items() if value]
-    if summary.coverage:
-        lines += ["", "  Parameters"]
-        for line in summary.coverage:
+    for title, said in (("Parameters", summary.coverage), ("Spectrum", summary.spectrum)):
+        if said:
+            lines += ["", f"  {title}"]
+        for line in said:
             lines += wrap(line, WIDTH, initial_indent="    ", subsequent_indent="      ")
     if summary.timings:
         lines += ["", "  Time per stage"]

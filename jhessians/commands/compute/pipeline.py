@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -33,12 +34,15 @@ from jhessians.devices.hosts import start_hosts, together
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
 from jhessians.fitting.partitions import needed_partitions
+from jhessians.influence.spectra import factor_spectra
 from jhessians.interop.export import Destination, write_config
-from jhessians.interop.layout import DTYPES
+from jhessians.interop.layout import DTYPES, INFLUENCE_RESULTS
+from jhessians.interop.load import FactorStore
 from jhessians.methods.method import Run
 from jhessians.models.loss import NextTokenLoss
 from jhessians.report.progress import Progress
 from jhessians.report.recorder import needed, recording
+from jhessians.report.spectrum import spectrum_lines
 from jhessians.report.summary import Summary, measure_trees
 
 
@@ -87,7 +91,7 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
             token_batch_size=config.token_batch_size, devices=state.devices,
         )  # fmt: skip
         require_parameter_order(inputs, config.optimizer_state)
-        problem, sites = _load_problem(config, inputs, mesh, progress)
+        problem, sites = load_problem(config, inputs, mesh, progress)
         config = _settled(config, inputs, problem, mesh, progress)
         problem = replace(problem, activations=cast(Activations, config.activations))
         shards = config.num_shards or state.devices
@@ -102,7 +106,7 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
             options=config.method_options,
             correct_eigenvalues=config.corrects_eigenvalues,
             partitions=cast(int, config.module_partitions),
-            dtype=_sum_dtype(config),
+            dtype=sum_dtype(config),
             include_bias=config.include_bias,
             destination=Destination(
                 part,
@@ -150,6 +154,7 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
         number_format=converters.number_format(problem.model),
         profile=profile,
         coverage=sites.coverage.lines(),
+        spectrum=_spectrum(config, into or Path(config.run_path)) if first else (),
         notes=progress.notes,
         warnings=progress.warnings,
         next_shell=shell,
@@ -157,10 +162,32 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
     )
 
 
-def _load_problem(
+def _spectrum(config: ComputeConfig, folder: Path) -> Sequence[str]:
+    """What the eigenvalues that were written say; the older tree alone has none."""
+    if not config.chosen.factored or config.layout == INFLUENCE_RESULTS:
+        return ()
+    store = FactorStore(folder)
+    said = spectrum_lines(factor_spectra(store), store.total_processed)
+    return (*said, f"jhessians advise {config.run_path} says whether there are enough tokens")
+
+
+def load_problem(
     config: ComputeConfig, inputs: Inputs, mesh: Mesh, progress: Progress
 ) -> tuple[Problem, Sites]:
-    """Load the weights and find the linears that the options take in."""
+    """Load the weights and find the linears that the options take in.
+
+    Args:
+        config: Of the fit.
+        inputs: Names the model.
+        mesh: The devices.
+        progress: Is told of the stage.
+
+    Returns:
+        Loss, model and linears; and the linears with what is passed over.
+
+    Raises:
+        UserError: If the weights can't be loaded, or a pattern matches no linear.
+    """
     model = load_model(
         inputs, mesh, progress,
         precision=config.precision, revision=config.revision, fsdp=config.fsdp,
@@ -186,7 +213,7 @@ def _settled(
     config: ComputeConfig, inputs: Inputs, problem: Problem, mesh: Mesh, progress: Progress
 ) -> ComputeConfig:
     """The options with everything settled that they leave to the model and the memory."""
-    sites, dtype = problem.sites, _sum_dtype(config)
+    sites, dtype = problem.sites, sum_dtype(config)
     names = [name for site in sites.values() for name in site.module_names()]
     settled = config.chosen.settled(config.method_options, names)
     partitions, choice = config.module_partitions, config.activations
@@ -208,6 +235,6 @@ def _write_config(run: Run, config: ComputeConfig, inputs: Inputs, mesh: Mesh) -
     write_config(run.destination.root, document, config.resolved_dict(), layout=config.layout)
 
 
-def _sum_dtype(config: ComputeConfig) -> np.dtype:
-    """Wide enough for sums, even where results are stored in 16 bits."""
+def sum_dtype(config: ComputeConfig) -> np.dtype:
+    """The number format of a fit's sums: wide enough, even where results are stored in 16 bits."""
     return np.promote_types(np.float32, DTYPES[config.hessian_dtype][1])
