@@ -23,6 +23,7 @@ from jhessians.capture.linears import attach
 from jhessians.capture.problem import Problem, keep_activations
 from jhessians.capture.quiet import QuietTape
 from jhessians.capture.tape import gather_weights
+from jhessians.devices.compiling import compiled
 from jhessians.devices.mesh import axis_names, parameter_specs, put_batches, where_explicit
 from jhessians.devices.precision import multiplying
 from jhessians.fitting.passes import untraced
@@ -90,14 +91,13 @@ class GaussNewtonPass:
         self.problem = problem
         graph, self._state = nnx.split(problem.model)
 
-        @partial(jax.jit, donate_argnums=3)
         def step(
             state: PyTree[Array], batch: PyTree[Array], vectors: Vectors, sums: Vectors
         ) -> dict[str, Array]:
             here = problem.of(nnx.merge(graph, state))
             return add_gauss_newton_product(here, batch, vectors, sums)
 
-        self._step = step
+        self._step = compiled(step, donate_argnums=3)
 
     def run(
         self, batches: Iterable[PyTree[np.ndarray]], vectors: Vectors

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhessians.capture.problem import Problem, document_ids
+from jhessians.devices.compiling import compiled
 from jhessians.devices.hosts import fetch, sum_of_hosts
 from jhessians.errors import ConfigError
 from jhessians.influence.curvature import corrects
@@ -130,13 +131,13 @@ def refine(
     return Refined(solutions, residuals, objectives)
 
 
-@jax.jit
+@compiled
 def _apply(factors: Factors, vectors: Solutions) -> Solutions:
     applied: Solutions = factors.apply(vectors)
     return applied
 
 
-@jax.jit
+@compiled
 def _combined(
     product: Solutions, vectors: Solutions, damping: dict[str, Array], share: float | Array
 ) -> Solutions:
@@ -144,7 +145,7 @@ def _combined(
     return {name: share * product[name] + damping[name] * v for name, v in vectors.items()}
 
 
-@jax.jit
+@compiled
 def _start(
     factors: Factors, q: Solutions, x: Solutions, ax: Solutions, tolerance: float | Array
 ) -> _State:
@@ -153,7 +154,7 @@ def _start(
     return _State(x, r, z, _dot(r, z), _goes_on(q, r, tolerance))
 
 
-@jax.jit
+@compiled
 def _step(
     factors: Factors, q: Solutions, state: _State, ap: Solutions, tolerance: float | Array
 ) -> _State:
@@ -168,7 +169,7 @@ def _step(
     return _State(x, r, p, rz, going & _goes_on(q, r, tolerance))
 
 
-@jax.jit
+@compiled
 def _measured(q: Solutions, state: _State) -> tuple[Array, Array]:
     """Residuals and objectives; with r = q - (G + D) x the objective is -(q + r)ᵀ x / 2."""
     square = _dot(q, q)

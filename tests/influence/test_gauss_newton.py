@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import jhessians
+from jhessians.influence.gauss_newton import GaussNewtonPass
 from jhessians.models.config import ExpertsConfig, MLPConfig
 from jhessians.models.layers import Linear
 from jhessians.models.lora import LoRA, freeze
@@ -186,6 +187,25 @@ def test_vectors_go_through_the_model_in_blocks(single, monkeypatch):
     found = jhessians.gauss_newton_product(problem, batches, single.vectors(3))
     expected = single.flat(single.vectors(3)) @ single.dense()
     assert relative_error(single.flat(found), expected) < 1e-10
+
+
+def test_the_order_of_vectors_does_not_matter():
+    """At a size where jaxlib 0.10.2 adds up wrongly for all but the first."""
+    model = small.decoder(hidden_size=64, heads=1, mlp_size=64, layers=1, **LLAMA)
+    batches = small.batches(small.documents([64] * 16, vocabulary=11), token_batch_size=1024)
+    loss = jhessians.NextTokenLoss("dataset")
+    sites = jhessians.find_sites(loss, model, batches[0])
+    random = np.random.default_rng(0)
+    vectors = {
+        name: random.standard_normal((4, site.out_features, site.inputs), np.float32)
+        for site in sites.values()
+        for name in site.module_names()
+    }
+    product = GaussNewtonPass(jhessians.Problem(loss, model, sites))
+    found = product.run(batches, vectors)
+    turned = product.run(batches, {name: np.roll(x, 1, 0) for name, x in vectors.items()})
+    for name, x in found.items():
+        assert relative_error(turned[name], np.roll(x, 1, 0)) < 1e-5
 
 
 def test_inside_a_callers_own_jit(single):
