@@ -69,8 +69,9 @@ class Equations:
                 f"`inversion` is {inverse.inversion}, which adds no multiple of the identity; a "
                 f"refinement expects {' or '.join(REFINABLE)}"
             )
-        known = isinstance(problem, GaussNewtonPass)
-        self._products = problem if known else GaussNewtonPass(problem)
+        if isinstance(problem, Problem):
+            problem = GaussNewtonPass(problem)
+        self._products = problem
         self.put = self._products.put
         self._damping = {name: self.put(x) for name, x in _damping(factors, inverse).items()}
         self.q: Solutions = {name: self.put(x) for name, x in queries.items()}
@@ -78,7 +79,16 @@ class Equations:
     def times(
         self, batches: Iterable[PyTree[np.ndarray]], documents: int, vectors: Solutions
     ) -> Solutions:
-        """(G + D) times vectors, G a mean over so many documents in the batches."""
+        """(G + D) times vectors.
+
+        Args:
+            batches: This host's rows of the documents that G is the mean of.
+            documents: How many they are.
+            vectors: Any.
+
+        Returns:
+            As `vectors`.
+        """
         product = self._products.run(batches, vectors)
         return _combined(product, vectors, self._damping, 1 / documents)
 
@@ -104,9 +114,15 @@ def precondition(factors: Factors, vectors: Solutions) -> Solutions:
 
 @compiled
 def measure(q: Solutions, x: Solutions, r: Solutions) -> tuple[Array, Array]:
-    """Residuals |r| / |q| and objectives of x, where r = q - (G + D) x, each [query].
+    """How good solutions are; with r = q - (G + D) x an objective is -(q + r)ᵀ x / 2.
 
-    With this r the objective is -(q + r)ᵀ x / 2.
+    Args:
+        q: Queries.
+        x: Solutions.
+        r: What is left.
+
+    Returns:
+        Residuals |r| / |q|, and objectives, each [query].
     """
     square = dot(q, q)
     share = dot(r, r) / jnp.maximum(square, jnp.finfo(square.dtype).tiny)
