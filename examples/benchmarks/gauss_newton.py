@@ -218,11 +218,11 @@ PAGE = """\
 - command: `{command}`
 - load average before a run: {low:.1f} to {high:.1f} (the runs themselves leave some)
 
-Seconds are medians of {repeats} runs in turn, in float32, without imports and compilation. The ratio
-is bergson's time over jhessians', the median over neighbouring runs; the bound is what it would be if
-both multiplied matrices at one speed, from the multiplications that either way needs. Difference is
-the largest one between products over a module's largest. A model is (width, layers, inner,
-vocabulary).
+Seconds are medians of {repeats} runs in turn, in float32, without imports and compilation. The
+ratio is bergson's time over jhessians', the median over neighbouring runs; the bound is what it
+would be if both multiplied matrices at one speed, from the multiplications that either way needs.
+Difference is the largest one between products over a module's largest. A model is (width, layers,
+inner, vocabulary).
 
 {table}
 """

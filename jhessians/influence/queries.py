@@ -108,7 +108,7 @@ class QueryPass:
                                   where=square != 0)  # fmt: skip
                 kept[documents[real]] = whole
         if self._aggregate and self.rank is not None:
-            operands, kept[:] = _truncated(metric, operands, self.rank)
+            operands, kept = truncated(metric, operands, self.rank)
         return QueryGroup(operands, own, kept)
 
     def _finish(self, rows: PyTree[Array], finishing: PyTree[Array]) -> PyTree[Array]:
@@ -189,27 +189,41 @@ class QueryPass:
         return result
 
 
-def _truncated(metric: Metric, operands: Operands, rank: int) -> tuple[Operands, float]:
-    """One query's matrices as products of low rank, and the share of its square that they keep."""
-    total = kept = 0.0
+def truncated(
+    metric: Metric, operands: Operands, rank: int
+) -> tuple[Operands, Float[np.ndarray, " query"]]:
+    """Whole queries as products of low rank.
+
+    Args:
+        metric: That they were made for.
+        operands: Theirs.
+        rank: Outer products of each query and linear.
+
+    Returns:
+        Their operands, and the share of its squared length that each keeps; 1 where that is 0.
+    """
+    total: Any = 0.0
+    kept: Any = 0.0
     result: dict[str, dict[str, Any]] = {}
     mesh = metric.problem.mesh
     devices = mesh.size if mesh else 1
+    shorten = jax.jit(lambda m: lax.map(lambda x: truncate(x, rank), m))
     for name, here in operands.items():
         matrices = here["queries"].values
         _, o, i = metric.targets()[name]
-        many = fetch(matrices)[..., :o, :].reshape(-1, o, i)
-        left, right = jax.jit(lambda m: lax.map(lambda x: truncate(x, rank), m))(many)
-        total += float(np.square(many).sum())
-        kept += float(jnp.square(right).sum())
         before = matrices.shape[:-2]
+        many = fetch(matrices)[..., :o, :].reshape(-1, o, i)
+        left, right = (np.asarray(x) for x in shorten(many))
+        # The members of a stack come first.
+        total += np.square(many).sum((1, 2)).reshape(-1, before[-1]).sum(0)
+        kept += np.square(right).sum((1, 2)).reshape(-1, before[-1]).sum(0)
         for side, array in (("left", left), ("right", right)):
-            alone = np.asarray(array).reshape(*before, *array.shape[1:])
+            alone = array.reshape(*before, *array.shape[1:])
             missing = [(0, 0)] * alone.ndim
-            missing[len(before) - 1] = (0, -1 % devices)
+            missing[len(before) - 1] = (0, -before[-1] % devices)
             placed = place_rows(np.pad(alone, missing), mesh, axis=len(before) - 1)
             result.setdefault(name, {})[side] = placed
-    return result, kept / total if total else 1.0
+    return result, np.divide(kept, total, out=np.ones_like(total), where=total != 0)
 
 
 def _require_finite(queries: np.ndarray, squares: np.ndarray) -> None:

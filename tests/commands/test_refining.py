@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jhessians.cli.main import main
+from jhessians.interop.score_store import ScoreStore
 from tests.commands.test_score import TINY, Case, error
 from tests.oracles import bergson, checkpoints
 
@@ -57,6 +58,70 @@ def test_residuals_are_written_and_fall(case, tmp_path):
         assert len(line["residuals"]) == len(line["objectives"]) == STEPS + 1
         assert line["residuals"][-1] < 0.5 * line["residuals"][0]
         assert (np.diff(line["objectives"]) < 0).all()
+        assert line["residual"] == line["residuals"][-1] and line["step"] == STEPS
+
+
+def descended(case, out, *more):
+    """Of the 12 documents 6 are held, and a step takes 3 of the others."""
+    words = ["--refine", "sgd", "--refine_steps", 8, "--refine_documents", 3, "--refine_lr", 0.02,
+             "--refine_momentum", 0.5, "--refine_measure_interval", 4, "--refine_tolerance", 0,
+             "--damping_factor", 10]  # fmt: skip
+    start = ["score", out, "--hessian", case.run, "--query", case.queries]
+    assert main([str(word) for word in (*start, *words, *more)]) == 0
+    return ScoreStore(out).read_all()
+
+
+def test_gradient_descent_keeps_the_best_and_says_how_good_it_is(case, tmp_path, capsys):
+    plain = case.score(tmp_path / "plain", "--damping_factor", 10)
+    capsys.readouterr()
+    found = descended(case, tmp_path / "scores")
+    said = capsys.readouterr().out
+    assert error(found, plain) > 1e-3
+    lines = [json.loads(line) for line in (tmp_path / "scores/refinement.jsonl").open()]
+    assert [line["column"] for line in lines] == [0, 1, 2]
+    for line in lines:
+        assert line["steps"] == [0, 4, 8]
+        best = int(np.argmin(line["objectives"]))
+        assert best and line["step"] == line["steps"][best]
+        assert line["residual"] == line["residuals"][best] < line["residuals"][0]
+        numbers = f"{line['residuals'][0]:>9.3g} {line['residual']:>9.3g} {line['step']:>6}"
+        assert f"query {line['column']:<6} {numbers}" in said
+
+
+def test_steps_that_are_too_long_leave_the_scores_as_they_are(case, tmp_path):
+    plain = case.score(tmp_path / "plain", "--damping_factor", 10)
+    found = descended(case, tmp_path / "scores", "--refine_lr", 1e300)
+    assert error(found, plain) < 1e-9
+    for line in map(json.loads, (tmp_path / "scores/refinement.jsonl").open()):
+        assert line["step"] == 0 and line["objectives"][1] is None  # no number any more
+
+
+@pytest.mark.slow
+def test_batches_groups_and_devices_do_not_matter_to_descent_either(case, tmp_path):
+    expected = descended(case, tmp_path / "scores")
+    words = ["--query_batch_size", 1, "--world_size", 1, "--token_batch_size", 128]
+    assert error(descended(case, tmp_path / "one", *words), expected) < 1e-6
+
+
+def test_refined_queries_of_low_rank(case, tmp_path):
+    expected = refined(case, tmp_path / "scores")
+    whole = refined(case, tmp_path / "whole", "--query_rank", 1000)
+    assert error(whole, expected) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_low_rank_loses_something(case, tmp_path):
+    expected = refined(case, tmp_path / "scores")
+    assert error(refined(case, tmp_path / "rank", "--query_rank", 2), expected) > 1e-3
+
+
+def test_refined_scores_over_the_factors_self_influences(case, tmp_path):
+    expected = refined(case, tmp_path / "scores")
+    case.score(tmp_path / "plain", "--normalize", "self")
+    own = np.load(tmp_path / "plain/self_influence.npy")[:, None]
+    found = refined(case, tmp_path / "own", "--normalize", "self")
+    divided = np.divide(expected, own, out=np.zeros_like(expected), where=own != 0)
+    assert error(found, divided) < 1e-6
 
 
 @pytest.mark.slow
@@ -79,9 +144,11 @@ def test_fewer_documents_are_another_hessian(case, tmp_path):
     [
         (["--refine_steps", "3"], "--refine_steps is given without --refine; give --refine cg"),
         (["--refine", "cg", "--inversion", "pseudoinverse"], "--inversion is pseudoinverse, which"),
-        (["--refine", "cg", "--unit_normalize"], "knows no self-influences; leave --unit_norm"),
-        (["--refine", "cg", "--normalize", "self"], "knows no self-influences; leave --normalize"),
-        (["--refine", "cg", "--query_rank", "2"], "keeps whole queries; leave --query_rank out"),
+        (["--refine_lr", "0.1"], "--refine_lr is given without --refine; give --refine sgd"),
+        (["--refine", "cg", "--refine_lr", "0.1"], "--refine_lr is for --refine sgd; leave it out"),
+        (["--refine", "sgd", "--refine_lr", "0"], "--refine_lr is 0; expected more than 0"),
+        (["--refine", "sgd", "--refine_momentum", "1"], "--refine_momentum is 1; expected less th"),
+        (["--refine", "cg", "--unit_normalize"], "--unit_normalize wants every document solved"),
         (["--refine", "cg", "--loss_fn", "log_odds"], "--refine is for cross-entropy"),
         (["--refine", "cg", "--refine_documents", "0"], "--refine_documents"),
     ],

@@ -1,7 +1,7 @@
 """Gauss-Newton products against a dense matrix in float64, made of every logit's gradient."""
 
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +108,12 @@ class Case:
         return total
 
 
+@cache
+def gpt_neox():
+    """One for all tests, whose dense matrix takes long; made where JAX has 64 bits."""
+    return Case("gpt_neox")
+
+
 def damped(case, factors):
     """G + D of every document, dense."""
     damping = [
@@ -144,13 +150,13 @@ def with_adapters(model):
 )
 def case(request):
     with jax.enable_x64(True):
-        yield Case(request.param)
+        yield gpt_neox() if request.param == "gpt_neox" else Case(request.param)
 
 
 @pytest.fixture(scope="module")
 def single():
     with jax.enable_x64(True):
-        yield Case("gpt_neox")
+        yield gpt_neox()
 
 
 @pytest.mark.parametrize("devices", [1, 4])

@@ -10,18 +10,23 @@ import pytest
 import jhessians
 from jhessians.errors import ConfigError
 from jhessians.influence.factors import Factors
-from tests.influence.test_gauss_newton import LENGTHS, Case, damped
+from tests.influence.test_gauss_newton import LENGTHS, damped, gpt_neox
 from tests.small import relative_error
 
 
 @pytest.fixture(scope="module")
 def case():
     with jax.enable_x64(True):
-        yield Case("gpt_neox")
+        yield gpt_neox()
 
 
 @pytest.fixture(scope="module")
 def factors(case):
+    return factors_of(case)
+
+
+def factors_of(case):
+    """Fitted to labels that the model draws."""
     problem, batches = case.problem()
     sampled = replace(problem, loss=jhessians.NextTokenLoss())
     fitted = jhessians.fit(sampled, batches, documents=len(LENGTHS), dtype=np.float64)

@@ -7,9 +7,16 @@ from typing import Any, ClassVar
 
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.score.hessian import options_of_run
+from jhessians.commands.score.refinement_options import (
+    NONE,
+    REFINEMENT,
+    DescentOptions,
+    RefinementOptions,
+    check_refinement,
+)
 from jhessians.config.inherited import given, inherited, names_of, prefixed
 from jhessians.config.inputs import InputOptions
-from jhessians.config.inversion import INVERSE, REFINABLE, InversionOptions
+from jhessians.config.inversion import InversionOptions
 from jhessians.config.machine import (
     MACHINE,
     ConsoleOptions,
@@ -25,8 +32,6 @@ from jhessians.errors import ConfigError
 
 QUERIES = "queries"
 SCORES = "scores"
-NONE = "none"
-CG = "cg"
 RUNS = "the Hessian's run"
 
 _OF_THE_RUN = (
@@ -136,40 +141,14 @@ class _QuerySetOptions:
 
 
 @dataclass(frozen=True)
-class _RefinementOptions:
-    """How far the inverse of the Hessian's factors is refined."""
-
-    refine: str = option(
-        NONE,
-        "From the factors' inverse of each query go on to that of the Gauss-Newton Hessian itself, "
-        "with the same damping, by conjugate gradients (cg): scores that know more than any "
-        "Kronecker factors, for as many more passes over some documents as there are steps.",
-        group=INVERSE, choices=(NONE, CG),
-    )  # fmt: skip
-    refine_steps: int = option(
-        20, "At most so many steps.",
-        group=INVERSE, metavar="N", unit="steps", minimum=1,
-    )  # fmt: skip
-    refine_documents: int = option(
-        256,
-        "The Gauss-Newton Hessian is that of so many documents, drawn from the training data, the "
-        "same for all queries.",
-        group=INVERSE, metavar="B", unit="documents", minimum=1,
-    )  # fmt: skip
-    refine_tolerance: float = option(
-        0.001, "A query is done when its residual, relative to its gradient, isn't larger.",
-        group=INVERSE, metavar="T", minimum=0.0,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class ScoreConfig(
     ConsoleOptions,
     SavingOptions,
     ProfileOptions,
     _RunOptions,
     InversionOptions,
-    _RefinementOptions,
+    RefinementOptions,
+    DescentOptions,
     _ScoreOptions,
     _QueryOptions,
     _QuerySetOptions,
@@ -236,7 +215,7 @@ class ScoreConfig(
         run = self.run
         run.validate()
         _check_queries(self, is_demo=run.is_demo)
-        _check_refinement(self, loss=run.loss_fn)
+        check_refinement(self, loss=run.loss_fn)
 
 
 def _check_queries(config: ScoreConfig, *, is_demo: bool) -> None:
@@ -261,7 +240,7 @@ def _check_queries(config: ScoreConfig, *, is_demo: bool) -> None:
     elif config.query is None and not is_demo:
         raise ConfigError("--query is missing; give the queries' data set, or --self for none")
     if not config.has_hessian:
-        for each in (*options_of(InversionOptions), *options_of(_RefinementOptions)):
+        for each in (*options_of(InversionOptions), *REFINEMENT):
             if getattr(config, each.name) != each.default:
                 raise ConfigError(
                     f"--{each.name} is about a Hessian's inverse, but --hessian is none; leave it "
@@ -296,30 +275,3 @@ def _check_queries(config: ScoreConfig, *, is_demo: bool) -> None:
         raise ConfigError(
             "--query_completion_column and --query_conversation_column exclude each other; give one"
         )
-
-
-def _check_refinement(config: ScoreConfig, *, loss: str) -> None:
-    """Refuse what can't be refined.
-
-    Raises:
-        ConfigError: The first clash found.
-    """
-    if config.refine == NONE:
-        for each in options_of(_RefinementOptions):
-            if getattr(config, each.name) != each.default:
-                raise ConfigError(f"--{each.name} is given without --refine; give --refine cg")
-        return
-    if config.inversion not in REFINABLE:
-        raise ConfigError(
-            f"--inversion is {config.inversion}, which adds no multiple of the identity; --refine "
-            f"expects {' or '.join(REFINABLE)}"
-        )
-    if loss == "log_odds":
-        raise ConfigError(
-            "--refine is for cross-entropy, whose Gauss-Newton Hessian is known, but --loss_fn is "
-            "log_odds; leave one of them out"
-        )
-    for name in ("self", "unit_normalize", "normalize", "query_rank"):
-        if getattr(config, name) not in (False, NONE, None):
-            what = "keeps whole queries" if name == "query_rank" else "knows no self-influences"
-            raise ConfigError(f"--refine {what}; leave --{name} out")

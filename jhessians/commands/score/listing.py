@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from jhessians.influence.ranking import Ranked
 
 QUERIES_SHOWN = 3
+RESIDUALS_SHOWN = 20
 HELPFUL, HARMFUL = 5, 2
 WIDTH = 80
 
@@ -29,6 +33,26 @@ def ranking_lines(title: str, best: Iterable[Ranked], worst: Iterable[Ranked],
     for each in [*best, *sorted(worst, key=lambda each: each.rank)]:
         before = f"    {each.rank:>3}  {each.score:>10.4g}  #{each.document:<6} "
         lines.append(before + shortened(text_of(each.document), WIDTH - len(before)))
+    return lines
+
+
+def residual_lines(refinement: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far each query's residual fell, a line each for the first `RESIDUALS_SHOWN`, and for all.
+
+    Args:
+        refinement: A line each, as in the results' file.
+
+    Returns:
+        Lines for the terminal.
+    """
+    pairs = np.array([(each["residuals"][0], each["residual"]) for each in refinement], float)
+    lines = ["  Residuals |q - (G + D) x| / |q| before and after the refinement, and its step"]
+    for each, (before, after) in zip(refinement[:RESIDUALS_SHOWN], pairs, strict=False):
+        lines.append(
+            f"    query {each['column']:<6} {before:>9.3g} {after:>9.3g} {each['step']:>6}"
+        )
+    for name, of_all in (("median", np.median(pairs, 0)), ("largest", pairs.max(0))):
+        lines.append(f"    {name:<12} {of_all[0]:>9.3g} {of_all[1]:>9.3g}")
     return lines
 
 

@@ -66,8 +66,11 @@ def score_all(
     aggregate = config.query_aggregation != NONE
     making = None
     if not config.self:
+        # A refiner takes whole gradients, and gives queries of low rank itself.
+        whole = work.refiner is not None
         making = QueryPass(
-            metric, count=size, rank=config.query_rank, unit_normalize=config.unit_normalize,
+            metric if work.refiner is None else work.refiner.metric, count=size,
+            rank=None if whole else config.query_rank, unit_normalize=config.unit_normalize,
             aggregate=aggregate,
         )  # fmt: skip
     passing = ScorePass(
@@ -88,7 +91,6 @@ def score_all(
         if making is not None:
             with progress.stage(f"Queries{suffix}"):
                 group = _query_group(config, work, making, columns_here, size)
-                place.take_shares(number * size, group.kept[: len(columns_here)])
             if work.refiner is not None:
                 group = _refined(
                     work.refiner, group, columns_here, number * size, f"Refinement{suffix}",
@@ -99,6 +101,7 @@ def score_all(
                 lengths = work.queries.lengths[[column.document for column in asked]]
                 done, passes = going_through(lengths)
                 flop[f"Queries{suffix}"] = _sum(passes, metric.query_flop(done))
+            place.take_shares(number * size, group.kept[: len(columns_here)])
             if number + 1 == len(groups) and not by_self:
                 metric.forget_inverse()
         with progress.stage(f"Scores{suffix}", positions, "positions") as stage:
@@ -180,13 +183,17 @@ def _refined(
     with progress.stage(name, refiner.steps, "steps") as stage:
         refined, found = refiner.refine(group, stage.advance)
     count = len(columns)
-    before, after = found.residuals[0, :count], found.residuals[-1, :count]
-    progress.note(
-        f"{name}: {len(found.residuals) - 1} steps; residuals {before.min():.2g} to "
-        f"{before.max():.2g} before, {after.min():.2g} to {after.max():.2g} after"
+    before = found.residuals[0, :count]
+    after = found.residuals[found.kept, np.arange(len(found.kept))][:count]
+    note = (
+        f"{name}: {found.steps[-1]} steps; residuals {before.min():.2g} to {before.max():.2g} "
+        f"before, {after.min():.2g} to {after.max():.2g} after"
     )
+    if same := int(((found.kept[:count] == 0) & (before > refiner.tolerance)).sum()):
+        note += f"; {count_in_words(same, 'column')} of {count} found nothing better than the start"
+    progress.note(note)
     if results is not None:
-        results.add_residuals(found.residuals[:, :count], found.objectives[:, :count], first)
+        results.add_refinement(found, first, count)
     return refined
 
 

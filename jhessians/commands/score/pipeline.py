@@ -22,6 +22,7 @@ from jhessians.commands.score.listing import (
     HELPFUL,
     QUERIES_SHOWN,
     ranking_lines,
+    residual_lines,
 )
 from jhessians.commands.score.passes import parts, score_all
 from jhessians.commands.score.results import Results, write_columns
@@ -167,6 +168,8 @@ def _render(config: ScoreConfig, work: Work, results: Results, progress: Progres
               for name, seconds in progress.timings.items()]  # fmt: skip
     for warning in progress.warnings:
         lines.append(f"  warning: {warning}")
+    if work.refiner is not None:
+        lines += ["", *residual_lines(results.refinement())]
     for query, column in enumerate(work.columns[:QUERIES_SHOWN]):
         best = results.ranking.best(query)[:HELPFUL]
         worst = [] if config.self else results.ranking.worst(query)[:HARMFUL]

@@ -12,6 +12,7 @@ import numpy as np
 from jhessians.data.documents import Documents
 from jhessians.data.selecting import Column
 from jhessians.files import parse_json, read_text
+from jhessians.influence.equations import Refined
 from jhessians.influence.ranking import Ranking
 from jhessians.interop.rundir import output_error
 from jhessians.interop.score_store import ScoreWriter, create_array
@@ -101,23 +102,29 @@ class Results:
         real = documents >= 0
         self._own[documents[real]] = own[real]
 
-    def add_residuals(self, residuals: np.ndarray, objectives: np.ndarray, first: int) -> None:
+    def add_refinement(self, found: Refined, first: int, count: int) -> None:
         """How well consecutive columns' equations are solved.
 
         Args:
-            residuals: Before the first step and after each, [step, column].
-            objectives: The same of the objectives.
+            found: Of the columns, and perhaps of fillers behind them.
             first: The first column's number; what is known of later ones is forgotten.
+            count: How many columns.
         """
+        lines = self.refinement()[:first]
+        for query in range(count):
+            kept = found.kept[query]
+            lines.append({
+                "column": first + query, "residual": _number(found.residuals[kept, query]),
+                "step": int(found.steps[kept]), "steps": found.steps.tolist(),
+                "residuals": [_number(x) for x in found.residuals[:, query]],
+                "objectives": [_number(x) for x in found.objectives[:, query]],
+            })  # fmt: skip
+        _write_lines(self.folder / REFINEMENT, lines)
+
+    def refinement(self) -> list[dict[str, Any]]:
+        """What is known of how well columns' equations are solved, a line each."""
         path = self.folder / REFINEMENT
-        known = read_text(path).splitlines() if path.exists() else []
-        lines = [parse_json(line) for line in known[:first]]
-        for number, (of_column, objective) in enumerate(
-            zip(residuals.T, objectives.T, strict=True)
-        ):
-            lines.append({"column": first + number, "residuals": of_column.tolist(),
-                          "objectives": objective.tolist()})  # fmt: skip
-        _write_lines(path, lines)
+        return [parse_json(line) for line in read_text(path).splitlines()] if path.exists() else []
 
     def flush(self) -> None:
         """Have all that was added put onto the disk."""
@@ -204,6 +211,11 @@ def write_columns(folder: Path, columns: Sequence[Column], texts: Sequence[str])
         for number, (column, text) in enumerate(zip(columns, texts, strict=True))
     )
     _write_lines(folder / COLUMNS, lines)
+
+
+def _number(value: Any) -> float | None:
+    """A number as JSON knows it, which has no infinity."""
+    return float(value) if np.isfinite(value) else None
 
 
 def _write_lines(path: Path, lines: Any) -> None:

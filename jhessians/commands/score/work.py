@@ -140,14 +140,16 @@ def prepare(
         inverse = Inverse(
             cast(Any, config.inversion), config.damping_factor, config.ev_correction
         )  # fmt: skip
-        # A refiner takes the queries' gradients as they are and inverts itself.
-        held = None if config.refine != NONE else source
-        metric = metric_of(problem, held, inverse, dtype=np.dtype(
-            np.float64 if run.precision == "fp64" else np.float32))  # fmt: skip
+        dtype = np.dtype(np.float64 if run.precision == "fp64" else np.float32)
+        # A refiner takes the queries' gradients as they are and inverts itself; then only
+        # documents' self-influences need the factors' inverse.
+        alone = config.refine == NONE or config.normalize != NONE
+        metric = metric_of(problem, source if alone else None, inverse, dtype=dtype)
         refining = None
         if config.refine != NONE:
+            plain = metric_of(problem, None, inverse, dtype=dtype) if alone else metric
             refining = refiner(
-                config, metric, source, hessian, inputs.batches.documents,
+                config, plain, source, hessian, inputs.batches.documents,
                 token_batch_size=run.token_batch_size, positions=inputs.shape.positions,
                 devices=devices,
             )  # fmt: skip
@@ -159,10 +161,12 @@ def prepare(
                 "documents are scored"
             )
     size = _group_size(config, metric, len(columns))
-    taken = size * query_bytes(metric, rank=config.query_rank)
+    taken = size * query_bytes(metric, rank=_rank_at_first(config))
     taken *= 1 if refining is None else 1 + ARRAYS
     choice = settled_activations(run.activations, problem, batches, mesh, taken, progress.note)
     metric.problem = replace(problem, activations=cast(Activations, choice))
+    if refining is not None:
+        refining.metric.problem = metric.problem
     return Work(
         inputs, batches, candidates, queries, columns, metric, run.token_batch_size,
         config.query_aggregation, size, supporting, refining,
@@ -193,12 +197,17 @@ def read_queries(config: ScoreConfig, run: ComputeConfig, inputs: Inputs, mesh: 
     return queries
 
 
+def _rank_at_first(config: ScoreConfig) -> int | None:
+    """Of queries as they are made: those to be refined are whole."""
+    return config.query_rank if config.refine == NONE else None
+
+
 def _group_size(config: ScoreConfig, metric: Metric, columns: int) -> int:
     """Queries that are in memory together."""
     if config.self or config.query_aggregation != NONE:
         return 1
     devices = metric.problem.mesh.size if metric.problem.mesh else 1
-    each = query_bytes(metric, rank=config.query_rank) / devices
+    each = query_bytes(metric, rank=_rank_at_first(config)) / devices
     if config.refine != NONE:
         each *= 1 + ARRAYS * devices  # these every device holds whole
     fit = max(1, int(SHARE * free_memory() / each))
