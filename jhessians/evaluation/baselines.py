@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,7 @@ def bm25(documents: Sequence[str], queries: Sequence[str]) -> Float32[np.ndarray
     """
     import bm25s
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it says that it builds an index
     def words(texts: Sequence[str]) -> list[list[str]]:
         found: list[list[str]] = bm25s.tokenize(
             list(texts), stopwords=None, return_ids=False, show_progress=False
