@@ -163,6 +163,7 @@ class Table:
             self.add(name, partial(score, method, more=("--ev_correction", "false")), seconds)
             if corrected := {"KFAC": "EKFAC", "Shampoo": "EK-Shampoo"}.get(name):
                 self.add(corrected, partial(score, f"e{method}"), seconds)
+        self.add("EKFAC, cosine", partial(score, "cosine-ekfac", more=COSINE), seconds)
         self.add("EKFAC + CG", partial(score, "cg", more=REFINEMENT), seconds)
 
     def of_bergson(self) -> None:
@@ -223,7 +224,7 @@ class Table:
 
 def differences(table: Table) -> dict[str, Interval]:
     """LDS of pairs whose order is expected, as a paired difference."""
-    pairs = [("EKFAC + CG", "EKFAC"), ("EKFAC", "KFAC"), ("KFAC", "dot product"),
+    pairs = [("EKFAC + CG", "EKFAC"), ("EKFAC, cosine", "autocorrelation (TrackStar)"), ("EKFAC", "KFAC"), ("KFAC", "dot product"),
              ("EK-Shampoo", "EKFAC"), ("EKFAC", "bergson: EKFAC"),
              ("EKFAC + CG", "bergson: EKFAC + CG"),
              ("metagradient (exact)", "EKFAC + CG")]  # fmt: skip
