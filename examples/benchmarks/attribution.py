@@ -224,8 +224,8 @@ class Table:
 
 def differences(table: Table) -> dict[str, Interval]:
     """LDS of pairs whose order is expected, as a paired difference."""
-    pairs = [("EKFAC + CG", "EKFAC"), ("EKFAC, cosine", "autocorrelation (TrackStar)"), ("EKFAC", "KFAC"), ("KFAC", "dot product"),
-             ("EK-Shampoo", "EKFAC"), ("EKFAC", "bergson: EKFAC"),
+    pairs = [("EKFAC + CG", "EKFAC"), ("EKFAC", "KFAC"), ("KFAC", "dot product"),
+             ("EKFAC, cosine", "autocorrelation (TrackStar)"), ("EK-Shampoo", "EKFAC"), ("EKFAC", "bergson: EKFAC"),
              ("EKFAC + CG", "bergson: EKFAC + CG"),
              ("metagradient (exact)", "EKFAC + CG")]  # fmt: skip
     found = {}
