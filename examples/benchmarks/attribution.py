@@ -225,8 +225,8 @@ class Table:
 def differences(table: Table) -> dict[str, Interval]:
     """LDS of pairs whose order is expected, as a paired difference."""
     pairs = [("EKFAC + CG", "EKFAC"), ("EKFAC", "KFAC"), ("KFAC", "dot product"),
-             ("EKFAC, cosine", "autocorrelation (TrackStar)"), ("EK-Shampoo", "EKFAC"), ("EKFAC", "bergson: EKFAC"),
-             ("EKFAC + CG", "bergson: EKFAC + CG"),
+             ("EKFAC, cosine", "autocorrelation (TrackStar)"), ("EK-Shampoo", "EKFAC"),
+             ("EKFAC", "bergson: EKFAC"), ("EKFAC + CG", "bergson: EKFAC + CG"),
              ("metagradient (exact)", "EKFAC + CG")]  # fmt: skip
     found = {}
     for pair in pairs:

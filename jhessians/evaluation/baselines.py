@@ -26,6 +26,7 @@ def bm25(documents: Sequence[str], queries: Sequence[str]) -> Float32[np.ndarray
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it says that it builds an index
+
     def words(texts: Sequence[str]) -> list[list[str]]:
         found: list[list[str]] = bm25s.tokenize(
             list(texts), stopwords=None, return_ids=False, show_progress=False
