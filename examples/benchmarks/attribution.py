@@ -7,7 +7,7 @@ with jhessians) every method of jhessians scores all documents for some of the q
 torch bergson if there is an environment with it. Each row has the linear datamodeling score (LDS)
 and the R-precision against the demo's known sources, with 95 % bootstrap intervals over queries,
 and the seconds of fitting and scoring. The metagradient, which is exact, stands for the ceiling; it
-takes longest, so that it has every third query, and the table has a column for those alone, as
+takes longest, so that it has every sixth query, and the table has a column for those alone, as
 has bergson's refinement.
 
 Everything has the same damping factor, and the Fisher is of sampled labels.
@@ -44,6 +44,8 @@ from jhessians.evaluation.measures import (
 
 HERE = Path(__file__).resolve().parent
 STEPS, DOCUMENTS = 10, 256
+FEW = 6
+"""Every how many queries have a score in the rows that take longest."""
 REFINEMENT = ("--refine", "cg", "--refine_steps", str(STEPS), "--refine_documents", str(DOCUMENTS))
 COSINE = ("--unit_normalize",)
 QUERY_COLUMNS = ("--query_prompt_column", "prompt", "--query_completion_column", "completion")
@@ -55,8 +57,8 @@ class Row:
 
     Attributes:
         name: Of the method.
-        lds: Over the queries; None if there are scores for every third one alone.
-        lds_of_few: Over every third query.
+        lds: Over the queries; None if there are scores for every sixth one alone.
+        lds_of_few: Over every sixth query.
         precision: R-precision, over the queries that have scores.
         seconds: Of fitting and scoring, compilation included.
     """
@@ -100,15 +102,15 @@ class Table:
         found = linear_datamodeling_scores(scores, self.bank.subsets, self.losses)
         precision = retrieval(scores, self.relevant)["R-precision"]
         self.per_query[name] = found
-        self._append(Row(name, mean_interval(found), mean_interval(found[::3]),
+        self._append(Row(name, mean_interval(found), mean_interval(found[::FEW]),
                          mean_interval(precision), seconds))  # fmt: skip
 
     def add_few(self, name: str, scores: np.ndarray, seconds: float) -> None:
-        """A row of every third query."""
-        losses = self.losses[:, ::3]
+        """A row of every sixth query."""
+        losses = self.losses[:, ::FEW]
         found = linear_datamodeling_scores(scores, self.bank.subsets, losses)
         self.few[name] = found
-        precision = retrieval(scores, self.relevant[::3])["R-precision"]
+        precision = retrieval(scores, self.relevant[::FEW])["R-precision"]
         self._append(Row(name, None, mean_interval(found), mean_interval(precision), seconds))
 
     def _append(self, row: Row) -> None:
@@ -168,14 +170,15 @@ class Table:
 
     def of_bergson(self) -> None:
         """bergson's EKFAC with factors of its own; refined, which takes one query after the other,
-        for every third query."""
+        for every sixth query."""
         started = time.perf_counter()
         scores = self.bergson("bergson", self.questions)
         self.add("bergson: EKFAC", lambda: scores, time.perf_counter() - started)
         few = self.work / "few.jsonl"
         lines = self.questions.read_text(encoding="utf-8").splitlines(keepends=True)
-        few.write_text("".join(lines[::3]), encoding="utf-8")
-        more = ("--num_steps", str(STEPS), "--solver", "cg", "--astra.batch_size", str(DOCUMENTS))
+        few.write_text("".join(lines[::FEW]), encoding="utf-8")
+        more = ("--num_steps", str(STEPS), "--solver", "cg", "--astra.batch_size", str(DOCUMENTS),
+                "--astra.micro_batch_size", "64")  # fmt: skip
         started = time.perf_counter()
         scores = self.bergson("bergson-cg", few, *more)
         self.add_few("bergson: EKFAC + CG", scores, time.perf_counter() - started)
@@ -194,7 +197,8 @@ class Table:
                 content = json.loads((model / file).read_text(encoding="utf-8")) | {key: 2048}
                 (model / file).write_text(json.dumps(content), encoding="utf-8")
         command = [
-            *(peers.python_of(self.options.peers_env), "-m", "bergson", "ekfac", str(run)),
+            *(peers.python_of(self.options.peers_env), str(HERE / "peers.py"), "bergson"),
+            *("ekfac", str(run)),
             *("--model", str(model), "--method", "kfac", "--hessian_cfg.ev_correction", "true"),
             *("--data.dataset", str(demo.DATASET), "--data.truncation", "true"),
             *("--query.dataset", str(questions), "--query.truncation", "true"),
@@ -209,13 +213,13 @@ class Table:
         return read_scores(run / "scores")
 
     def of_metagradient(self) -> None:
-        """The exact derivative, for every third query."""
+        """The exact derivative, for every sixth query."""
         started = time.perf_counter()
         out = self.work / "metagradient.npy"
         command = [
             *(sys.executable, str(HERE.parent / "metagradient.py"), "--bank"),
             *(str(self.options.bank), "--out", str(out)),
-            *("--queries", *map(str, self.chosen[::3])),
+            *("--queries", *map(str, self.chosen[::FEW])),
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         scores, seconds = np.load(out), time.perf_counter() - started
@@ -230,12 +234,12 @@ def differences(table: Table) -> dict[str, Interval]:
              ("metagradient (exact)", "EKFAC + CG")]  # fmt: skip
     found = {}
     for pair in pairs:
-        # Of every third query, if there are no more of one of them.
+        # Of every sixth query, if there are no more of one of them.
         whole = all(name in table.per_query for name in pair)
         values = [
             table.per_query[name]
             if whole
-            else table.few.get(name, table.per_query.get(name, [])[::3])
+            else table.few.get(name, table.per_query.get(name, [])[::FEW])
             for name in pair
         ]
         if all(len(each) for each in values):
@@ -258,7 +262,7 @@ def markdown(table: Table, record: dict) -> str:
          f"{row.seconds:.1f}"]
         for row in table.rows
     ]  # fmt: skip
-    header = ["scores", "LDS", f"LDS, {len(table.chosen[::3])} queries", "R-precision", "seconds"]
+    header = ["scores", "LDS", f"LDS, {len(table.chosen[::FEW])} queries", "R-precision", "seconds"]
     return "\n".join([
         "# How good each attribution is",
         "",

@@ -2,8 +2,9 @@
 
 `install` is called by compare.py. As a program this file runs in the peers' own environment (or
 anyone's): `peers.py kronfluence MODEL TOKENS OUT BATCH` fits EKFAC with kronfluence,
-`peers.py scores …` scores with it (see `score_with_kronfluence`), and `peers.py peak LIBRARY`
-measures the machine's float32 matrix product.
+`peers.py scores …` scores with it (see `score_with_kronfluence`), `peers.py bergson …` is bergson's
+command line, with a fault of its `astra` mended, and `peers.py peak LIBRARY` measures the machine's
+float32 matrix product.
 """
 
 import json
@@ -258,6 +259,19 @@ def measure_peak(library: str, size: int = 3072, repeats: int = 8) -> float:
     return 2 * size**3 / best
 
 
+def run_bergson(words: list[str]) -> None:
+    """bergson's command line. On a CPU in float32 its `astra` writes into a file that it has mapped
+    for reading, which ends the process; here it works on a copy."""
+    import bergson.hessians.astra as astra
+    import numpy as np
+    from bergson.__main__ import main
+
+    to_tensor = astra.numpy_to_tensor
+    astra.numpy_to_tensor = lambda array: to_tensor(np.array(array))
+    sys.argv = ["bergson", *words]
+    main()
+
+
 if __name__ == "__main__":
     task, *words = sys.argv[1:]
     if task == "kronfluence":
@@ -266,5 +280,7 @@ if __name__ == "__main__":
     elif task == "scores":
         *texts, batch, at_once = words
         score_with_kronfluence(*texts, int(batch), int(at_once))
+    elif task == "bergson":
+        run_bergson(words)
     else:
         print(measure_peak(words[0]))
