@@ -18,6 +18,9 @@ PATIENCE = 5.0
 def hushed() -> Iterator[None]:
     """Keep back what Orbax logs and what its threads leave unhandled, until they have ended.
 
+    Threads of C++ that it has begun can't be waited for: after an error, what they leave unhandled
+    is kept back from then on, too.
+
     Yields:
         Nothing.
     """
@@ -30,7 +33,7 @@ def hushed() -> Iterator[None]:
         return frame is None
 
     def on_lost(lost: sys.UnraisableHookArgs) -> None:
-        # A loop that a failed save closed, whose tasks are collected afterwards.
+        # A loop that a failed save closed, whose tasks are collected or called back afterwards.
         if str(lost.exc_value) != "Event loop is closed":
             hook(lost)
 
@@ -39,10 +42,13 @@ def hushed() -> Iterator[None]:
     hook, sys.unraisablehook = sys.unraisablehook, on_lost
     try:
         yield
-    finally:
+    except BaseException:
         _outlast_threads()
-        sys.unraisablehook = hook
         logger.removeFilter(is_wanted)
+        raise
+    _outlast_threads()
+    sys.unraisablehook = hook
+    logger.removeFilter(is_wanted)
 
 
 def _outlast_threads() -> None:

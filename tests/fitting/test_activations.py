@@ -122,6 +122,7 @@ def run(folder: Path, path: Path, free: int, monkeypatch, **options) -> tuple[Co
     )  # fmt: skip
     monkeypatch.setattr(command_problem, "free_memory", lambda: free)
     monkeypatch.setattr(type(config.chosen), "fit", lambda method, run: None)
+    monkeypatch.setattr(pipeline, "_spectrum", lambda config, folder: ())
     summary = pipeline.compute(config)
     return ComputeConfig.from_yaml(path), list(summary.notes)
 
