@@ -106,7 +106,8 @@ def unwound_by_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = hook
+        if sys.unraisablehook is on_lost:  # after an error there may be one that has to stay
+            sys.unraisablehook = hook
         for number, handler in ours.items():
             signal.signal(number, handler)
 
