@@ -178,7 +178,7 @@ class Table:
         lines = self.questions.read_text(encoding="utf-8").splitlines(keepends=True)
         few.write_text("".join(lines[::FEW]), encoding="utf-8")
         more = ("--num_steps", str(STEPS), "--solver", "cg", "--astra.batch_size", str(DOCUMENTS),
-                "--astra.micro_batch_size", "64")  # fmt: skip
+                "--micro_batch_size", "64")  # fmt: skip
         started = time.perf_counter()
         scores = self.bergson("bergson-cg", few, *more)
         self.add_few("bergson: EKFAC + CG", scores, time.perf_counter() - started)
@@ -302,10 +302,10 @@ def main(words: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as work:
         table = Table(options, Path(work))
         table.of_jhessians()
-        if options.peers_env:
-            table.of_bergson()
         if not options.without_metagradient:
             table.of_metagradient()
+        if options.peers_env:
+            table.of_bergson()
     versions = peers.versions(sys.executable, ["jax", "flax", "optax", "numpy"])
     if options.peers_env:
         python = peers.python_of(options.peers_env)
