@@ -37,7 +37,7 @@ class Disk:
         self._words = [
             sys.executable, "-m", "jhessians", "compute", str(mount / "run"), "--model", str(model),
             "--dataset", str(model / "docs.jsonl"), "--token_batch_size", "64",
-            "--max_tokens", "40000", "--checkpoint_minutes", "0.01", "--world_size", "1",
+            "--max_tokens", "160000", "--checkpoint_minutes", "0.01", "--world_size", "1",
         ]  # fmt: skip
 
     def close(self):
@@ -85,7 +85,7 @@ def test_a_disk_that_fills_up_and_is_freed(disk, tmp_path):
     fill_after_a_save(disk, run, lambda: "state can't be saved" in log.read_text())
     assert "run" not in os.listdir(disk.folder)
     disk.free()
-    assert run.wait(60) == 0, log.read_text()
+    assert run.wait(180) == 0, log.read_text()
     assert "error" not in log.read_text() and "the run goes on" in log.read_text()
     expected = contents(disk.folder / "run")
     # One that stays full ends the run, which goes on once there is space.
@@ -97,7 +97,7 @@ def test_a_disk_that_fills_up_and_is_freed(disk, tmp_path):
     assert contents(disk.folder / "run") == expected  # the earlier result
     disk.free()
     run = disk.start("--overwrite", "--resume", log=log)
-    assert run.wait(60) == 0, log.read_text()
+    assert run.wait(180) == 0, log.read_text()
     assert "Continues from what was saved" in log.read_text()
     assert contents(disk.folder / "run") == expected
     assert os.listdir(disk.folder) == ["run"]
@@ -105,7 +105,7 @@ def test_a_disk_that_fills_up_and_is_freed(disk, tmp_path):
 
 def fill_after_a_save(disk, run, until):
     """Keep the disk full, once a state is saved, until a condition holds."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while not disk.states() and run.poll() is None:
         time.sleep(0.01)
     while not until():
