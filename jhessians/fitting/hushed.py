@@ -19,7 +19,8 @@ def hushed() -> Iterator[None]:
     """Keep back what Orbax logs and what its threads leave unhandled, until they have ended.
 
     Threads of C++ that it has begun can't be waited for: after an error, what they leave unhandled
-    is kept back from then on, too.
+    is kept back from then on, too. Of a failed save's tasks asyncio speaks when they are collected,
+    at any time; that is kept back for good.
 
     Yields:
         Nothing.
@@ -39,6 +40,7 @@ def hushed() -> Iterator[None]:
 
     logger = logging.getLogger("absl")
     logger.addFilter(is_wanted)
+    logging.getLogger("asyncio").addFilter(_is_anothers)
     hook, sys.unraisablehook = sys.unraisablehook, on_lost
     try:
         yield
@@ -56,6 +58,12 @@ def _outlast_threads() -> None:
     for thread in threading.enumerate():
         if _is_orbaxs(type(thread).__module__):
             thread.join(max(0.0, end - time.monotonic()))
+
+
+def _is_anothers(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    ours = "orbax" in said or "tensorstore" in said
+    return not (ours and "exception was never retrieved" in said)
 
 
 def _is_orbaxs(module: str) -> bool:
