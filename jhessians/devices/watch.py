@@ -35,7 +35,8 @@ CONNECTING = 20.0
 BEAT = 2.0
 """Seconds between two reports."""
 
-_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # for hosts that vanish
+# For hosts that vanish: seconds of silence, and milliseconds without an answer to what was sent.
+_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
 
 
 class _Watch:
@@ -119,7 +120,7 @@ class _Line:
         self.socket, self._rest = connection, b""
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _KEEPALIVE.items():
+        for name, value in _ALIVE.items():
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
