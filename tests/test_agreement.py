@@ -107,7 +107,8 @@ def test_every_command(model, tmp_path, name):
         commands = [[str(tmp_path / "run"), f"--model={each}", f"--dataset={data}"]
                     for each in (model, other)]  # fmt: skip
     elif name == "score":
-        flags = [str(tmp_path / "run"), "--hessian=none", f"--query={data}", f"--dataset={data}"]
+        query = checkpoints.corpus(model, 3, seed=7, lengths=(8, 30, 17), name="query.jsonl")
+        flags = [str(tmp_path / "run"), "--hessian=none", f"--query={query}", f"--dataset={data}"]
         commands = [[*flags, f"--model={each}"] for each in (model, other)]
     else:
         runs = [tmp_path / "a", tmp_path / "b"]
@@ -271,7 +272,9 @@ def test_sigterm_while_another_hangs(model, tmp_path, victim):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_is_killed(model, tmp_path, victim):
     with started(model, tmp_path, "--checkpoint_minutes=0.01") as hosts:
-        while not list((tmp_path / "run.part" / STATE).glob("*/[0-9]*")):
+        end, state = time.monotonic() + 60, tmp_path / "run.part" / STATE
+        while not any(path.name.isdigit() for path in state.glob("*/*")):
+            assert time.monotonic() < end
             time.sleep(0.1)
         start = time.monotonic()
         hosts.processes[victim].kill()
