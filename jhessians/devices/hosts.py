@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax._src import distributed
 
-from jhessians.devices.clusters import Member, find_member
+from jhessians.devices.clusters import VARIABLES, Member, find_member
 from jhessians.devices.ending import quiet_ends
 from jhessians.devices.joining import joining
 from jhessians.devices.mesh import in_host_memory
@@ -43,39 +43,45 @@ def start_hosts(*, joining_seconds: float = JOINING, stalled_seconds: float = ST
     Raises:
         MeshError: If what is said of them makes no sense.
     """
-    if not jax.distributed.is_initialized():
-        member = find_member(int(joining_seconds))
-        if member is None:
-            return
-        _join(member, joining_seconds, stalled_seconds)
-    if processes() > 1 and not is_watched():
-        state = distributed.global_state
-        first = str(state.coordinator_address).rpartition(":")[0].strip("[]")
-        watch(state.process_id, state.num_processes, first, exchange, stalled_seconds)
-
-
-def _join(member: Member, joining_seconds: float, stalled_seconds: float) -> None:
+    if jax.distributed.is_initialized():
+        _watch_others(stalled_seconds)
+        return
+    member = find_member(int(joining_seconds))
+    if member is None:
+        return
     # Its handler of SIGTERM would replace ours, and not end the run.
     jax.config.update("jax_enable_preemption_service", False)
     quiet_ends()
+    with joining(member, joining_seconds):
+        _initialize(member, joining_seconds, stalled_seconds)
+        _watch_others(stalled_seconds)
+
+
+def _initialize(member: Member, joining_seconds: float, stalled_seconds: float) -> None:
+    later = int(min(stalled_seconds, 86400)) + LATER
     try:
-        with joining(member, joining_seconds):
-            jax.distributed.initialize(
-                member.address, member.count, member.index,
-                local_device_ids=member.devices, cluster_detection_method="deactivate",
-                # Its end is an abort; that of `joining` comes before.
-                initialization_timeout=int(joining_seconds) + LATER,
-                heartbeat_timeout_seconds=int(min(stalled_seconds, 86400)) + LATER,
-                # Where the first process still writes, the others wait for it.
-                shutdown_timeout_seconds=int(min(stalled_seconds, 86400)) + LATER,
-            )  # fmt: skip
+        jax.distributed.initialize(
+            member.address, member.count, member.index,
+            local_device_ids=member.devices, cluster_detection_method="deactivate",
+            # Its end is an abort; that of `joining` comes before.
+            initialization_timeout=int(joining_seconds) + LATER,
+            heartbeat_timeout_seconds=later,
+            # Where the first process still writes, the others wait for it.
+            shutdown_timeout_seconds=later,
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise MeshError(
             f"process {member.index} of {member.count} cannot join the others at "
-            f"{member.address}: {reason}; check JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-            "JAX_PROCESS_ID"
+            f"{member.address}: {reason}; check {VARIABLES}"
         ) from error
+
+
+def _watch_others(stalled_seconds: float) -> None:
+    if processes() > 1 and not is_watched():
+        state = distributed.global_state
+        first = str(state.coordinator_address).rpartition(":")[0].strip("[]")
+        watch(state.process_id, state.num_processes, first, exchange, stalled_seconds)
 
 
 def processes() -> int:
