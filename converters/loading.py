@@ -23,9 +23,11 @@ from jaxtyping import Array
 from converters import adapters, flax_checkpoint, hub, matching, registry, rules
 from converters.flax_checkpoint import FlaxCheckpoint
 from converters.origin import LoadedModel, Origin
+from converters.parts import Parts
 from converters.reader import SlicedTensor, StoredTensor, open_checkpoint
 from jhessians.devices.mesh import mark_sharded, parameter_specs
 from jhessians.errors import CheckpointError, NumericsError
+from jhessians.interop.manifest import read_manifest
 from jhessians.models.decoder import Decoder
 
 STORED = "stored"
@@ -41,6 +43,7 @@ def load(
     revision: str | None = None,
     mesh: Mesh | None = None,
     fsdp: bool = False,
+    compared: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint, Hugging Face's or one that `jhessians convert` wrote, as a Flax module.
 
@@ -53,6 +56,8 @@ def load(
         revision: The Hub's branch, tag or commit.
         mesh: The devices that get the parameters; default JAX's default device.
         fsdp: Shard parameters over `mesh` instead of giving each device all of them.
+        compared: Hash what this host reads, and what the next one should have read, for which with
+            `fsdp` it reads as much again; see `Origin.parts`.
 
     Returns:
         Model, config and tokenizer. The model's linears are named as Hugging Face's base model
@@ -85,8 +90,9 @@ def load(
         target = _parameter_dtype(kinds, asked, source.folder)
         if mesh is not None and fsdp:
             mark_sharded(model, mesh)
-        _restore(model, parameters_on_disk, target, mesh)
-        return _loaded(model, config, source, kinds, said=dtype is not None)
+        parts = Parts(compared)
+        _restore(model, parameters_on_disk, target, mesh, parts)
+        return _loaded(model, config, source, kinds, parts, said=dtype is not None)
 
     source.obtain_weights()
     checkpoint = open_checkpoint(source.folder)
@@ -102,8 +108,9 @@ def load(
     target = _parameter_dtype(kinds, asked, source.folder)
     if mesh is not None and fsdp:
         mark_sharded(model, mesh)
-    _fill(model, wanted, stored, target, mesh)
-    return _loaded(model, config, source, kinds, said=dtype is not None)
+    parts = Parts(compared)
+    _fill(model, wanted, stored, target, mesh, parts)
+    return _loaded(model, config, source, kinds, parts, said=dtype is not None)
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
@@ -145,11 +152,17 @@ def _parameter_dtype(stored: set[np.dtype], asked: np.dtype | None, folder: Path
 
 
 def _loaded(
-    model: Decoder, config: Any, source: hub.Source, kinds: set[np.dtype], *, said: bool
+    model: Decoder,
+    config: Any,
+    source: hub.Source,
+    kinds: set[np.dtype],
+    parts: Parts,
+    *,
+    said: bool,
 ) -> LoadedModel:
     """The finished model, with a word on its number format if nobody `said` which he wants."""
     stored = tuple(sorted(kind.name for kind in kinds))
-    model.origin = Origin(config, source, stored)
+    model.origin = Origin(config, source, stored, parts.hashes())
     loaded = LoadedModel(model, config, hub.tokenizer_of(source))
     if jax.process_index() == 0:
         same, formats = stored == (loaded.dtype.name,), " and ".join(stored)
@@ -162,7 +175,11 @@ def _loaded(
 
 
 def _restore(
-    model: Decoder, checkpoint: FlaxCheckpoint, dtype: np.dtype, mesh: Mesh | None
+    model: Decoder,
+    checkpoint: FlaxCheckpoint,
+    dtype: np.dtype,
+    mesh: Mesh | None,
+    parts: Parts,
 ) -> None:
     """Read every parameter of a Flax checkpoint; `model` holds shapes before and arrays after."""
     state = nnx.state(model, nnx.Param)
@@ -175,10 +192,13 @@ def _restore(
         spec = None if mesh is None else tuple(specs[path].get_value())
         sharding = _sharding(mesh, spec) or default
         wanted[name] = jax.ShapeDtypeStruct(variables[path].shape, dtype, sharding=sharding)
+    manifest = read_manifest(checkpoint.folder)
+    parts.know(repr(manifest and sorted(manifest.files.items())))
     arrays = checkpoint.restore(wanted)
     for name, array in arrays.items():
         if not bool(_is_finite(array)):
             raise _not_finite(name, dtype)
+        parts.add(array)
         variables[paths[name]] = variables[paths[name]].replace(array)
     nnx.update(model, nnx.from_flat_state(variables))
 
@@ -189,6 +209,7 @@ def _fill(
     stored: Mapping[str, StoredTensor],
     dtype: np.dtype,
     mesh: Mesh | None,
+    parts: Parts,
 ) -> None:
     """Read every tensor into its parameter; `model` holds shapes before and arrays after."""
     entries: dict[str, dict[tuple[int, ...], list[str]]] = {}  # of an entry, its tensors
@@ -204,9 +225,10 @@ def _fill(
         for index, names in entries[".".join(map(str, path))].items():
             shape = variable.shape[len(index) :]
             names.sort(key=lambda name: wanted[name].part)
-            parts = [_reader(stored[name], wanted[name].transform, dtype) for name in names]
-            read = parts[0] if len(parts) == 1 else _side_by_side(parts, shape[-1])
+            pieces = [_reader(stored[name], wanted[name].transform, dtype) for name in names]
+            read = pieces[0] if len(pieces) == 1 else _side_by_side(pieces, shape[-1])
             entry = _place(read, shape, _sharding(mesh, spec, len(index)))
+            parts.add(entry, read)
             if not index:
                 array, finite = entry, _is_finite(entry)
             else:

@@ -19,11 +19,14 @@ class Origin:
         config: transformers' config.
         source: Its files; None if it was made here.
         stored: Names of the number formats in the files.
+        parts: Hashes of this host's part of the weights, and of the next host's as this host's
+            files have it, if they were asked for.
     """
 
     config: Any = field(hash=False)  # can't be hashed, but compared
     source: Source | None = None
     stored: tuple[str, ...] = ()
+    parts: tuple[str, str] = field(default=("", ""), compare=False)
 
 
 class LoadedModel(NamedTuple):

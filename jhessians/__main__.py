@@ -23,9 +23,10 @@ def run() -> NoReturn:
         signal.signal(signal.SIGINT, _end_at_once)
     # Imported here, since an interrupt may come before it is.
     from jhessians.cli.main import main
-    from jhessians.cli.streams import settle, take_standard_places
+    from jhessians.cli.streams import settle, take_own_errors, take_standard_places
 
     take_standard_places()
+    take_own_errors()
     if is_ours:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     code = main()

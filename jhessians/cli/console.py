@@ -5,14 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from textwrap import shorten
-from types import FrameType
 from typing import TextIO
 
 from jhessians.cli.memory import (
@@ -22,9 +19,9 @@ from jhessians.cli.memory import (
     reached_limit,
 )
 from jhessians.config.option import name_flags
-from jhessians.devices.watch import loss
+from jhessians.devices.watch import leave, loss
 from jhessians.errors import ConfigError, UserError, printable
-from jhessians.fitting.grace import Terminated, ask
+from jhessians.fitting.grace import Terminated
 
 NOISY_LIBRARIES = (
     "absl", "datasets", "filelock", "flax", "fsspec", "httpx", "huggingface_hub", "jax",
@@ -60,65 +57,6 @@ class _OneLineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level = record.levelname.lower()
         print(f"jhessians: {level}: {one_line(record.getMessage())}", file=sys.stderr)
-
-
-@contextmanager
-def unwound_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind everything as Ctrl-C does, so that no half result stays behind.
-
-    Signals that are ignored, as under nohup, or that a caller handles, are left alone.
-    """
-
-    def unwind(number: int, frame: FrameType | None) -> None:
-        if _is_in_import(frame):
-            again(number)
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        elif not ask(number):
-            raise Terminated(number)
-
-    def again(number: int) -> None:
-        timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
-        timer.daemon = True
-        timer.start()
-
-    def on_lost(lost: sys.UnraisableHookArgs) -> None:
-        # Of finalizers, garbage collection and weak references nothing that is raised gets out.
-        if isinstance(lost.exc_value, KeyboardInterrupt):
-            again(signal.SIGINT)
-        elif isinstance(lost.exc_value, Terminated):
-            again(lost.exc_value.number)
-        else:
-            hook(lost)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        ends = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-        before = {number: signal.getsignal(number) for number in ends if number is not None}
-    ours = {
-        number: handler
-        for number, handler in before.items()
-        if handler in (signal.SIG_DFL, signal.default_int_handler)
-    }
-    for number in ours:
-        signal.signal(number, unwind)
-    hook, sys.unraisablehook = sys.unraisablehook, on_lost
-    try:
-        yield
-    finally:
-        if sys.unraisablehook is on_lost:  # after an error there may be one that has to stay
-            sys.unraisablehook = hook
-        for number, handler in ours.items():
-            signal.signal(number, handler)
-
-
-def _is_in_import(frame: FrameType | None) -> bool:
-    """Whether a module is imported: what is raised then is taken for a sign that it isn't there."""
-    while frame is not None:
-        if frame.f_code.co_name == "_find_and_load":
-            return True
-        frame = frame.f_back
-    return False
 
 
 @contextmanager
@@ -197,6 +135,7 @@ def report_failure(error: BaseException) -> int:
         The exit code that goes with it.
     """
     message, code = _describe(error)
+    leave()
     message = "; ".join([message, *getattr(error, "__notes__", [])])
     print(f"jhessians: error: {one_line(message)}", file=sys.stderr)
     return code

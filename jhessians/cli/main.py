@@ -19,15 +19,16 @@ from jhessians.cli.console import (
     errors_name_flags,
     quiet_libraries,
     report_failure,
-    unwound_by_signals,
 )
 from jhessians.cli.memory import require_addresses
 from jhessians.cli.parsers import PROGRAM, build_parser, normalize_flags
+from jhessians.cli.signals import unwound_by_signals
 from jhessians.cli.streams import lasting_streams
 from jhessians.commands.command import Command
 from jhessians.commands.table import COMMANDS, GROUPS
 from jhessians.config.option import check_all, options_of
 from jhessians.config.replay import contents_of_run, unfinished_path
+from jhessians.devices.ending import keep_quiet
 from jhessians.errors import ConfigError, OutputError, did_you_mean, printable
 from jhessians.interop.rundir import require_apart
 from jhessians.version import __version__
@@ -100,6 +101,7 @@ def run(command: Command, arguments: Sequence[str], *, on_debug: Callable[[], No
         return
     if config.debug:
         on_debug()
+        keep_quiet(False)
     names = {each.name for each in options_of(command.config)}
     with (
         errors_name_flags(names),

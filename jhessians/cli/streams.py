@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
+
+from jhessians.devices.ending import keep_quiet
 
 
 class LastingStream:
@@ -71,6 +73,20 @@ def take_standard_places() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the first free place
+
+
+def take_own_errors() -> None:
+    """Let `sys.stderr` have a descriptor of its own: to the usual one, 2, C++ writes what it likes.
+
+    See `jhessians.devices.ending`.
+    """
+    with suppress(OSError, ValueError, AttributeError):  # there is none
+        old = sys.stderr
+        own = os.dup(old.fileno())
+        sys.stderr = open(  # noqa: SIM115
+            own, "w", buffering=1, encoding=old.encoding, errors=old.errors, newline="\n"
+        )
+        keep_quiet()
 
 
 def settle() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jhessians.commands.command import Command, Positional
-from jhessians.config.machine import ConsoleOptions
+from jhessians.config.machine import ConsoleOptions, HostOptions
 from jhessians.config.numbers import PRECISIONS
 from jhessians.config.option import option
 from jhessians.errors import ConfigError
@@ -17,7 +17,7 @@ FORMATS = {"flax": "Flax (Orbax)", "hf": "Hugging Face"}
 
 
 @dataclass(frozen=True)
-class ConvertConfig(ConsoleOptions):
+class ConvertConfig(ConsoleOptions, HostOptions):
     """Options of `convert`."""
 
     model: str = ""
@@ -83,18 +83,17 @@ def convert(config: ConvertConfig) -> ConvertSummary:
         OutputError: If the result can't be written.
     """
     # JAX takes long to import: --help must not wait for it.
-    import jax
 
     from converters import flax_checkpoint, hub, load, saving
     from converters.loading import STORED, parameters
+    from jhessians.commands.hosts import join_hosts, require_shared
     from jhessians.commands.output import output_folder
-    from jhessians.devices.hosts import start_hosts, together
+    from jhessians.devices.hosts import require_same_in_turn, together
     from jhessians.devices.mesh import make_mesh
     from jhessians.interop.layout import DTYPES
     from jhessians.report.progress import Progress
 
-    start_hosts()
-    first = jax.process_index() == 0
+    first = join_hosts(config, "convert")
     progress = Progress(quiet=config.quiet or not first)
     mesh = make_mesh()
     spread: dict[str, Any] = {"mesh": mesh, "fsdp": True} if mesh.size > 1 else {}
@@ -106,7 +105,12 @@ def convert(config: ConvertConfig) -> ConvertSummary:
             source = hub.find(config.model, config.revision)
             target = config.to or ("hf" if flax_checkpoint.is_flax(source.folder) else "flax")
             dtype = STORED if config.dtype is None else DTYPES[config.dtype][1]
-            loaded = load(config.model, dtype=dtype, revision=config.revision, **spread)
+            loaded = load(
+                config.model, dtype=dtype, revision=config.revision, compared=True, **spread
+            )
+        require_same_in_turn("weights", *loaded.model.origin.parts)
+        if target == "flax":
+            require_shared(part)
         with progress.stage("Writing"):
             write = flax_checkpoint.write_flax if target == "flax" else saving.write
             write(loaded, part)

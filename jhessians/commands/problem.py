@@ -25,7 +25,7 @@ from jhessians.data.batches import Batches
 from jhessians.data.batching import plan_batches
 from jhessians.data.documents import Documents
 from jhessians.data.sources import DataOptions, load_documents
-from jhessians.devices.hosts import require_same, together
+from jhessians.devices.hosts import require_same, require_same_in_turn, together
 from jhessians.devices.memory import free_memory
 from jhessians.errors import CheckpointError, ConfigError
 from jhessians.fitting import activations
@@ -107,6 +107,7 @@ def read_inputs(
             data_options(config, dataset_name), tokenizer, shape, mesh,
             token_batch_size=token_batch_size, devices=devices,
         )  # fmt: skip
+    require_same("settings of models", shape)
     require_same_data(batches)
     return Inputs(
         model_name, dataset_name, settings, shape, source.adapter is not None, tokenizer, batches
@@ -160,8 +161,10 @@ def require_same_data(batches: Batches) -> None:
     Raises:
         UserError: If another host read something else.
     """
-    documents = batches.documents
+    documents, plan = batches.documents, batches.plan
     require_same("data sets", documents.tokens, documents.labels, documents.offsets)
+    numbers = [batch.documents for batch in plan.batches]
+    require_same("batches", [batch.shape for batch in plan.batches], *numbers)
 
 
 def load_model(
@@ -191,13 +194,16 @@ def load_model(
     """
     spread = mesh if mesh.size > 1 else None
     with progress.stage("Model"), together():
-        return converters.load(
+        model = converters.load(
             inputs.model_name,
             dtype=DTYPES[precision][1],
             revision=revision,
             mesh=spread,
             fsdp=fsdp and spread is not None,
+            compared=True,
         ).model
+    require_same_in_turn("weights", *model.origin.parts)
+    return model
 
 
 def find_linears(

@@ -12,11 +12,12 @@ import jax
 from jax.sharding import Mesh
 
 from jhessians.capture.problem import Problem
+from jhessians.commands.hosts import require_shared
 from jhessians.config.fingerprint import BY_CONTENT, NOT_NUMBERS, Fingerprint
 from jhessians.config.replay import DATA
 from jhessians.data.batching import Batch
+from jhessians.devices.ending import advise
 from jhessians.devices.hosts import most_of_hosts, together
-from jhessians.devices.watch import advise
 from jhessians.errors import ConfigError
 from jhessians.fitting.checkpoints import Checkpoints, SavedCheckpoints
 from jhessians.fitting.grace import saving
@@ -65,12 +66,10 @@ class Resuming:
                 self._take_devices(self._earlier.devices, mesh, progress)
         elif not config.checkpoint_minutes:
             return
-        if not self._is_shared():
-            progress.warn(
-                f"the run's state isn't saved: not every host sees {directory.part}; give a folder "
-                "that all of them share"
-            )
-            return
+        with together():
+            if jax.process_index() == 0:
+                self._folder.mkdir(exist_ok=True)
+        require_shared(directory.part, ", or `checkpoint_minutes` 0, which saves no state")
         self.checkpoints = SavedCheckpoints(
             self._folder, minutes=config.checkpoint_minutes or float("inf"),
             note=progress.note, warn=progress.warn,
@@ -135,13 +134,6 @@ class Resuming:
                 "uninterrupted run up to the rounding of sums, not bit for bit"
             )
         self.devices = devices
-
-    def _is_shared(self) -> bool:
-        """Whether all hosts see the folder, which the first one makes."""
-        with together():
-            if jax.process_index() == 0:
-                self._folder.mkdir(exist_ok=True)
-        return not most_of_hosts(int(not self._folder.is_dir()))
 
 
 @contextmanager

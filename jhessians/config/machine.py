@@ -77,6 +77,32 @@ class MachineOptions(DeviceOptions):
 
 
 @dataclass(frozen=True)
+class HostOptions:
+    """How long the hosts of a run wait for each other."""
+
+    timeout_minutes: float = option(
+        10.0,
+        "With several hosts: when nothing has moved on any of them for so long, end all, and say "
+        "which one is missing, and where; compiling and reading files are moves. 0 turns that off.",
+        group=MACHINE,
+        metavar="MINUTES",
+        unit="minutes",
+        minimum=0,
+        maximum=1e6,
+    )
+    join_minutes: float = option(
+        3.0,
+        "With several hosts: how long the first waits for the others, and they for it, at the "
+        "start.",
+        group=MACHINE,
+        metavar="MINUTES",
+        unit="minutes",
+        minimum=0.01,
+        maximum=1e6,
+    )
+
+
+@dataclass(frozen=True)
 class OutputOptions:
     """What a fit writes."""
 

@@ -7,6 +7,7 @@ import jax
 
 from jhessians.data.batching import Batch, BatchPlan, iterate_batches
 from jhessians.data.documents import Documents
+from jhessians.devices.place import move
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Batches:
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
         for number, batch in enumerate(batches):
+            move(batch=number)
             with jax.profiler.StepTraceAnnotation("batch", step_num=number):
                 yield batch
 

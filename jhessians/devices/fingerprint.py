@@ -1,6 +1,7 @@
 """Tell weights apart by a number, wherever they lie and however they are spread over devices."""
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,10 @@ def _sum(x: Array) -> Array:
     first = add(bits * (_mixed(place) | 1))
     second = add(_mixed(bits ^ _mixed(place + 1)))
     return jnp.stack([first, second, *(jnp.uint32(size) for size in shape)])
+
+
+sums_of_bits: Callable[[Array], Array] = jax.jit(_sum)
+"""Some whole numbers by which a tensor is known."""
 
 
 def _mixed(x: Array) -> Array:

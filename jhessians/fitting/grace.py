@@ -86,6 +86,11 @@ def ask(number: int) -> bool:
     return True
 
 
+def grace() -> float:
+    """Seconds that a request to end may wait; 0 if it must not."""
+    return _grace.seconds or 0.0
+
+
 def asked() -> int | None:
     """The number of the signal that asked the run to end, if one did."""
     return _grace.asked

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jhessians.config.units import rate_in_words, seconds_in_words
+from jhessians.devices import place
 from jhessians.errors import printable
 
 Clock = Callable[[], float]
@@ -51,6 +52,7 @@ class Stage:
 
     def advance(self, amount: int = 1) -> None:
         """Count `amount` more units as done; safe to call from several threads."""
+        place.move()
         with self._lock:
             self.done += amount
             self._latest = (self._clock(), self.done)
@@ -151,6 +153,7 @@ class Progress:
             raise RuntimeError(f"stage {name!r} begins inside stage {self._open.name!r}")
         stage = Stage(name, total, unit, self._clock)
         self._open = stage
+        place.enter(name)
         try:
             with self._around(name), self._display(stage):
                 yield stage

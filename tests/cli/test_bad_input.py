@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jhessians.cli.console import Terminated, unwound_by_signals
 from jhessians.cli.main import main
+from jhessians.cli.signals import Terminated, unwound_by_signals
 from jhessians.interop import shards, torchfile
 from jhessians.interop.rundir import RunDirectory
 from tests.cli.work import FIRST_LINEAR, KERNEL, Work, the_line

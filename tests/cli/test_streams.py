@@ -11,8 +11,8 @@ import weakref
 
 import pytest
 
-from jhessians.cli.console import Terminated, unwound_by_signals
 from jhessians.cli.main import main
+from jhessians.cli.signals import Terminated, unwound_by_signals
 from jhessians.report.progress import Progress
 from tests.cli.work import SUMMARY, only_error
 

@@ -12,7 +12,7 @@ from jhessians.commands.score.hessian import options_of_run
 from jhessians.config.inherited import given, inherited
 from jhessians.config.inputs import InputOptions
 from jhessians.config.inversion import INVERSE
-from jhessians.config.machine import MACHINE, OUTPUT, ConsoleOptions, MachineOptions
+from jhessians.config.machine import MACHINE, OUTPUT, ConsoleOptions, HostOptions, MachineOptions
 from jhessians.config.option import check, option, options_of
 from jhessians.errors import CheckpointError, ConfigError
 
@@ -82,7 +82,7 @@ class _AdviceOptions:
 
 
 @dataclass(frozen=True)
-class AdviseConfig(ConsoleOptions, _RunOptions, _AdviceOptions):
+class AdviseConfig(ConsoleOptions, HostOptions, _RunOptions, _AdviceOptions):
     """Everything that `advise` depends on, besides what the run says.
 
     Raises:

@@ -11,8 +11,9 @@ from jhessians.commands.advise.config import AdviseConfig
 from jhessians.commands.advise.halves import examine
 from jhessians.commands.advise.numbers import Advice, write_numbers
 from jhessians.commands.advise.words import render
+from jhessians.commands.hosts import join_hosts, require_same_files
 from jhessians.config.option import name_flags, options_of
-from jhessians.devices.hosts import start_hosts, together
+from jhessians.devices.hosts import together
 from jhessians.influence.inversion import Inverse
 from jhessians.influence.spectra import curvatures, factor_spectra
 from jhessians.interop.load import FactorStore
@@ -33,7 +34,8 @@ def advise(config: AdviseConfig) -> str | None:
         OutputError: If the file of `json` can't be written.
     """
     if not config.spectrum_only:
-        start_hosts()
+        join_hosts(config, "advise")
+        require_same_files(runs=config.run)
     first = jax.process_index() == 0
     names = {each.name for each in options_of(type(config))}
     progress = Progress(quiet=config.quiet or not first, reword=partial(name_flags, names=names))

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jhessians.config.inputs import InputOptions
-from jhessians.config.machine import MACHINE, ConsoleOptions, DeviceOptions, SavingOptions
+from jhessians.config.machine import (
+    MACHINE,
+    ConsoleOptions,
+    DeviceOptions,
+    HostOptions,
+    SavingOptions,
+)
 from jhessians.config.numbers import (
     NUMBERS,
     PRECISIONS,
@@ -76,6 +82,7 @@ class StoreOptions:
 class BuildConfig(
     ConsoleOptions,
     SavingOptions,
+    HostOptions,
     DeviceOptions,
     StoreOptions,
     _RowOptions,

@@ -28,6 +28,7 @@ from jhessians.commands.build.rows import (
     with_module_names,
 )
 from jhessians.commands.build.store import Place, Store, open_store
+from jhessians.commands.hosts import join_hosts, require_same_files
 from jhessians.commands.output import output_folder
 from jhessians.commands.problem import (
     Inputs,
@@ -41,7 +42,7 @@ from jhessians.config.option import name_flags, options_of
 from jhessians.config.units import bytes_in_words, count_in_words
 from jhessians.data.batches import Batches
 from jhessians.devices.fingerprint import fingerprint
-from jhessians.devices.hosts import start_hosts, together
+from jhessians.devices.hosts import together
 from jhessians.devices.memory import free_memory
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
@@ -76,8 +77,7 @@ def build(config: BuildConfig) -> Summary | None:
     Raises:
         UserError: If the input is wrong in any of the ways that `jhessians.errors` knows.
     """
-    start_hosts()
-    first = jax.process_index() == 0
+    first = join_hosts(config, "build")
     mesh = make_mesh(config.world_size)
     require_supported(config.matmul_precision, jax.local_devices()[0])
     with ExitStack() as stack:
@@ -89,6 +89,9 @@ def build(config: BuildConfig) -> Summary | None:
             quiet=config.quiet or not first, reword=partial(name_flags, names=names)
         )
         state = stack.enter_context(resuming(config, directory, mesh, progress))
+        require_same_files(
+            optimizers_states=config.optimizer_state, gradient_processors=config.processor_path
+        )
         replayed, config = config.replayed, state.taken_up(config)
         with together():
             processor = None

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from jhessians.config.inputs import InputOptions
 from jhessians.config.machine import (
     ConsoleOptions,
+    HostOptions,
     MachineOptions,
     OutputOptions,
     ProfileOptions,
@@ -36,6 +37,7 @@ class ComputeConfig(
     ConsoleOptions,
     ProfileOptions,
     SavingOptions,
+    HostOptions,
     OutputOptions,
     MachineOptions,
     *_METHODS_OWN,  # type: ignore[misc]

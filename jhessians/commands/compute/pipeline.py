@@ -18,6 +18,7 @@ from jhessians.capture.coverage import Sites
 from jhessians.capture.problem import Activations, Problem
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.next_steps import next_steps
+from jhessians.commands.hosts import join_hosts, require_same_files
 from jhessians.commands.output import output_folder
 from jhessians.commands.problem import (
     Inputs,
@@ -30,7 +31,7 @@ from jhessians.commands.problem import (
 from jhessians.commands.resuming import contents_of, resuming
 from jhessians.config.option import name_flags, options_of
 from jhessians.devices.fingerprint import fingerprint
-from jhessians.devices.hosts import start_hosts, together
+from jhessians.devices.hosts import together
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
 from jhessians.fitting.partitions import needed_partitions
@@ -66,8 +67,7 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
     Raises:
         UserError: If the input is wrong in any of the ways that `jhessians.errors` knows.
     """
-    start_hosts()
-    first = is_first_host()
+    first = join_hosts(config, "compute")
     mesh = make_mesh(config.world_size)
     require_supported(config.matmul_precision, jax.local_devices()[0])
     with ExitStack() as stack:
@@ -85,6 +85,7 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
         )
         replayed = config.replayed
         state = stack.enter_context(resuming(config, directory, mesh, progress))
+        require_same_files(optimizers_states=config.optimizer_state)
         config = state.taken_up(config)
         inputs = read_inputs(
             config, mesh, progress,

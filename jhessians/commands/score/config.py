@@ -20,6 +20,7 @@ from jhessians.config.inversion import InversionOptions
 from jhessians.config.machine import (
     MACHINE,
     ConsoleOptions,
+    HostOptions,
     MachineOptions,
     ProfileOptions,
     SavingOptions,
@@ -144,6 +145,7 @@ class _QuerySetOptions:
 class ScoreConfig(
     ConsoleOptions,
     SavingOptions,
+    HostOptions,
     ProfileOptions,
     _RunOptions,
     InversionOptions,

@@ -13,7 +13,8 @@ import yaml
 from jax.sharding import Mesh
 
 from jhessians.commands.compute.config import ComputeConfig
-from jhessians.commands.compute.pipeline import compute, is_first_host
+from jhessians.commands.compute.pipeline import compute
+from jhessians.commands.hosts import join_hosts, require_same_files, require_shared
 from jhessians.commands.output import output_folder
 from jhessians.commands.resuming import contents_of, resuming, version_of
 from jhessians.commands.score.config import NONE, ScoreConfig
@@ -31,7 +32,7 @@ from jhessians.config.option import name_flags, options_of
 from jhessians.config.provenance import CONFIG_FILE, config_document
 from jhessians.config.units import count_in_words, seconds_in_words
 from jhessians.devices.fingerprint import fingerprint
-from jhessians.devices.hosts import start_hosts, together
+from jhessians.devices.hosts import together
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.precision import require_supported
 from jhessians.evaluation.measures import retrieval
@@ -57,8 +58,7 @@ def score(config: ScoreConfig) -> str | None:
     Raises:
         UserError: If the input is wrong in any of the ways that `jhessians.errors` knows.
     """
-    start_hosts()
-    first = is_first_host()
+    first = join_hosts(config, "score")
     mesh = make_mesh(config.world_size)
     names = {each.name for each in options_of(type(config))}
     with ExitStack() as stack:
@@ -76,7 +76,11 @@ def score(config: ScoreConfig) -> str | None:
         given, config = config, state.taken_up(config)
         run = config.run
         require_supported(run.matmul_precision, jax.local_devices()[0])
+        if config.hessian is None:
+            require_shared(part)
         hessian = _fitted_demo(config, part) if config.hessian is None else config.hessian
+        read = None if config.hessian == NONE else hessian
+        require_same_files(Hessians=read, candidates=config.candidates)
         work = prepare(config, run, hessian, mesh, progress, devices=state.devices)
         with progress.stage("Fingerprints"), together():
             state.begin(_settled(config, work), _contents(config, work), config.replayed)
