@@ -20,6 +20,7 @@ from jhessians.capture.problem import Problem
 from jhessians.capture.site import Site
 from jhessians.devices.exchange import Exchange
 from jhessians.devices.mesh import make_mesh
+from jhessians.errors import NumericsError
 from jhessians.fitting.eigenbases import TermCounts, place_rows
 from jhessians.fitting.eigendecomposition import eigendecompose_covariances
 from jhessians.fitting.factors import covariance_tensors, eigen_tensors
@@ -28,6 +29,7 @@ from jhessians.linalg.symmetric import block_bounds
 
 WIDE, NARROW = 768, 520
 HEAD = 40
+CORES = 2
 
 
 def sites(layers: int) -> dict[str, Site]:
@@ -91,6 +93,8 @@ class Watch:
 
 def main(port: str, count: str, process: str, folder: str, layers: str) -> None:
     """Decompose, write, and print a line of JSON."""
+    # So many eigendecompositions go on side by side, however many cores there are.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if int(count) > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(process))
@@ -134,13 +138,29 @@ def main(port: str, count: str, process: str, folder: str, layers: str) -> None:
     ):
         for kind, tensors in kinds.items():
             write_sharded(run / kind, tensors, shards=2, dtype="fp32")
+    refused = []
+    sums = statistics(1, mesh)
+    name = next(iter(sums))
+    sums[name]["gradient"] = tuple(x * np.float32(np.nan) for x in sums[name]["gradient"])
+    problem = Problem(lambda model, batch: 0, None, sites(1), mesh=mesh)
+    for work in (
+        lambda: write_sharded(
+            run / "nan", covariance_tensors(problem.sites, sums)["gradient_covariance"],
+            shards=1, dtype="fp32",
+        ),
+        lambda: eigendecompose_covariances(problem, sums, terms=terms, dtype=dtype),
+    ):  # fmt: skip
+        try:
+            work()
+        except NumericsError as error:
+            refused.append(str(error))
     values = hashlib.sha256()
     for own in bases.values.values():
         for side in sorted(own):
             values.update(own[side].tobytes())
     print(json.dumps({
         **received, "grew": watch.most - watch.start, "values": values.hexdigest(),
-        "gathered_in_all": max(gathered, default=0),
+        "gathered_in_all": max(gathered, default=0), "refused": refused,
     }))  # fmt: skip
 
 

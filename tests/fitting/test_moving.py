@@ -17,7 +17,7 @@ from jhessians.fitting.memory import EIGENDECOMPOSITION
 from jhessians.linalg.symmetric import block_bounds
 from tests import small
 from tests.fitting import moving_worker
-from tests.fitting.moving_worker import HEAD, NARROW, WIDE
+from tests.fitting.moving_worker import CORES, HEAD, NARROW, WIDE
 
 ROOT = Path(__file__).parents[2]
 HOSTS, LAYERS, DEVICES = 4, 22, 8
@@ -84,7 +84,7 @@ def test_a_host_has_what_it_works_on(hosts, record_property):
     """Beside its devices' share: matrices in the solver, and those on their way."""
     said, _ = hosts
     vectors = 4 * LAYERS * (WIDE**2 + NARROW**2)
-    workers = len(os.sched_getaffinity(0))
+    workers = min(CORES, len(os.sched_getaffinity(0)))
     # In the solver; read ahead and done; sent, received and in rows.
     working = workers * EIGENDECOMPOSITION + 4 * (workers + 1) + 4 * 5
     allowed = vectors // HOSTS + working * WIDE**2 + (16 << 20)
@@ -106,6 +106,16 @@ def test_the_numbers_are_those_of_one_host(hosts, tmp_path):
         assert list(one) == list(four)
         for name, array in one.items():
             np.testing.assert_array_equal(four[name], array, err_msg=f"{file} {name}")
+
+
+def test_what_is_not_finite_is_refused_by_all_hosts(hosts):
+    said, folder = hosts
+    for number, each in enumerate(said):
+        written, decomposed = each["refused"]
+        assert ("process 0 failed: " in written) == (number > 0)
+        assert "h.0.up in nan holds NaN or infinity" in written
+        assert decomposed.startswith("the gradient covariance of h.0.up holds NaN or infinity")
+    assert not list(folder.glob("nan/*"))
 
 
 def test_rounds_give_each_host_one_matrix_of_one_size():
