@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from jhessians.capture.problem import Problem
@@ -118,7 +119,7 @@ def main(port: str, count: str, process: str, folder: str, layers: str) -> None:
         return broadcast(x, **options)
 
     def fitted(layers: int) -> tuple[Problem, dict, Watch, object]:
-        problem = Problem(lambda model, batch: 0, None, sites(layers), mesh=mesh)
+        problem = Problem(lambda model, batch: 0, nnx.Module(), sites(layers), mesh=mesh)
         sums = statistics(layers, mesh)
         jax.block_until_ready(sums)
         with Watch() as watch:
@@ -142,7 +143,7 @@ def main(port: str, count: str, process: str, folder: str, layers: str) -> None:
     sums = statistics(1, mesh)
     name = next(iter(sums))
     sums[name]["gradient"] = tuple(x * np.float32(np.nan) for x in sums[name]["gradient"])
-    problem = Problem(lambda model, batch: 0, None, sites(1), mesh=mesh)
+    problem = Problem(lambda model, batch: 0, nnx.Module(), sites(1), mesh=mesh)
     for work in (
         lambda: write_sharded(
             run / "nan", covariance_tensors(problem.sites, sums)["gradient_covariance"],

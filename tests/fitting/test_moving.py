@@ -8,10 +8,18 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
+from jhessians.capture.problem import Problem
+from jhessians.devices.mesh import make_mesh
+from jhessians.fitting.checkpoints import Series
+from jhessians.fitting.eigenbases import Eigenbases, TermCounts, eigenvector_shapes
+from jhessians.fitting.eigendecomposition import SavedBases, eigendecompose_covariances
 from jhessians.fitting.eigensolver import Task, rounds
 from jhessians.fitting.memory import EIGENDECOMPOSITION
 from jhessians.linalg.symmetric import block_bounds
@@ -21,6 +29,7 @@ from tests.fitting.moving_worker import CORES, HEAD, NARROW, WIDE
 
 ROOT = Path(__file__).parents[2]
 HOSTS, LAYERS, DEVICES = 4, 22, 8
+TERMS = TermCounts(3)
 
 
 def run(count: int, folder: Path) -> list[dict]:
@@ -116,6 +125,47 @@ def test_what_is_not_finite_is_refused_by_all_hosts(hosts):
         assert "h.0.up in nan holds NaN or infinity" in written
         assert decomposed.startswith("the gradient covariance of h.0.up holds NaN or infinity")
     assert not list(folder.glob("nan/*"))
+
+
+class Kept(Series):
+    """Keeps the state after some matrices, in memory."""
+
+    def __init__(self, after: int):
+        self.after, self.state = after, None
+
+    def due(self):
+        return True
+
+    def save(self, position, arrays):
+        if position["matrices"] == self.after:
+            self.state = SavedBases(self.after, TERMS, jax.tree.map(jnp.copy, arrays))
+
+
+@pytest.mark.parametrize("after", [1, 3])  # in the middle of a stack, and of the next one
+def test_half_a_stack_is_gone_on_with(after):
+    mesh, dtype, kept = make_mesh(), np.dtype(np.float32), Kept(after)
+    problem = Problem(lambda model, batch: 0, nnx.Module(), moving_worker.sites(2), mesh=mesh)
+    found = []
+    for options in ({"kept": kept}, {}):
+        sums = moving_worker.statistics(2, mesh)
+        saved = kept.state and kept.state._replace(bases=host_values(kept.state.bases))
+        bases = eigendecompose_covariances(
+            problem, sums, terms=TERMS, dtype=dtype, saved=saved, **options
+        )
+        assert all(not sides for sides in sums.values())
+        found.append(bases)
+    expected = eigenvector_shapes(problem, dtype)
+    for name, sides in expected.items():
+        for side, shape in sides.items():
+            once, again = (bases.vectors[name][side] for bases in found)
+            assert once.shape == shape.shape and once.sharding == shape.sharding
+            np.testing.assert_array_equal(again, once)
+            np.testing.assert_array_equal(*(bases.values[name][side] for bases in found))
+            assert np.abs(np.asarray(once)).sum(axis=-1)[..., : once.shape[-1]].all()
+
+
+def host_values(bases: Eigenbases) -> Eigenbases:
+    return bases._replace(values=jax.tree.map(np.array, bases.values))
 
 
 def test_rounds_give_each_host_one_matrix_of_one_size():
