@@ -172,6 +172,7 @@ def load_model(
     precision: str,
     revision: str | None,
     fsdp: bool,
+    offload: bool = False,
 ) -> nnx.Module:
     """Load the weights, on all devices.
 
@@ -182,6 +183,7 @@ def load_model(
         precision: Number format of the weights.
         revision: The model's on the Hub.
         fsdp: Whether to spread the weights instead of copying them to each device.
+        offload: Whether the layers' weights stay in host memory.
 
     Returns:
         The decoder.
@@ -197,6 +199,7 @@ def load_model(
             revision=revision,
             mesh=spread,
             fsdp=fsdp and spread is not None,
+            offload=offload,
         ).model
 
 

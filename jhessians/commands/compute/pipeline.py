@@ -191,6 +191,7 @@ def load_problem(
     model = load_model(
         inputs, mesh, progress,
         precision=config.precision, revision=config.revision, fsdp=config.fsdp,
+        offload=config.offload == "weights",
     )  # fmt: skip
     loss = NextTokenLoss(
         labels="dataset" if config.takes_dataset_labels else "sampled",
