@@ -25,7 +25,7 @@ from converters.flax_checkpoint import FlaxCheckpoint
 from converters.origin import LoadedModel, Origin
 from converters.reader import SlicedTensor, StoredTensor, open_checkpoint
 from jhessians.devices.mesh import mark_sharded, parameter_specs
-from jhessians.devices.offloading import in_host, is_in_host
+from jhessians.devices.offloading import in_host, is_in_host, may_lie_in_host
 from jhessians.errors import CheckpointError, NumericsError
 from jhessians.models.decoder import Decoder
 
@@ -55,7 +55,7 @@ def load(
         revision: The Hub's branch, tag or commit.
         mesh: The devices that get the parameters; default JAX's default device.
         fsdp: Shard parameters over `mesh` instead of giving each device all of them.
-        offload: Leave the layers' parameters in host memory, from where the devices fetch one layer
+        offload: Leave the layers' matrices in host memory, from where the devices fetch one layer
             at a time.
 
     Returns:
@@ -240,7 +240,11 @@ def _offloaded(model: Decoder) -> set[tuple[Any, ...]]:
     """Paths of the parameters that stay in host memory."""
     if not model.layers.offloaded:
         return set()
-    return {path for path, _ in nnx.to_flat_state(nnx.state(model)) if path[0] == "layers"}
+    return {
+        path
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+        if path[0] == "layers" and may_lie_in_host(variable.shape)
+    }
 
 
 def _sharding(mesh: Mesh | None, spec: tuple | None, leading: int = 0) -> Sharding | None:

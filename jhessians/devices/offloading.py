@@ -1,6 +1,7 @@
 """Weights in the host's memory, of which one layer at a time comes to the devices.
 
-The host's memory is pinned, so that the devices read it themselves while they compute.
+The host's memory is pinned, so that the devices read it themselves while they compute. Vectors stay
+on the devices: they are small, and a TPU can't cut one out of a stack [layer, d] in host memory.
 """
 
 from typing import Any, TypeVar
@@ -42,6 +43,11 @@ def in_host(sharding: Sharding | None) -> Sharding:
 def is_in_host(array: Array) -> bool:
     """Whether an array lies in host memory, beside devices that have memory of their own."""
     return isinstance(array, jax.Array) and array.sharding.memory_kind == HOST
+
+
+def may_lie_in_host(shape: tuple[int, ...]) -> bool:
+    """Whether a stack's parameter, of this shape, is one of matrices."""
+    return len(shape) > 2
 
 
 def to_device(tree: Tree) -> Tree:

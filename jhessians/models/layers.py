@@ -102,7 +102,7 @@ class Stack(Tapped):
 
     scans = True
     offloaded = False
-    """Whether its parameters lie in host memory, from where one block at a time is fetched."""
+    """Whether its matrices lie in host memory, from where one block at a time is fetched."""
 
     def __init__(
         self,
