@@ -26,6 +26,7 @@ from converters.origin import LoadedModel, Origin
 from converters.parts import Parts
 from converters.reader import SlicedTensor, StoredTensor, open_checkpoint
 from jhessians.devices.mesh import mark_sharded, parameter_specs
+from jhessians.devices.offloading import in_host, is_in_host, may_lie_in_host
 from jhessians.errors import CheckpointError, NumericsError
 from jhessians.interop.manifest import read_manifest
 from jhessians.models.decoder import Decoder
@@ -44,6 +45,7 @@ def load(
     mesh: Mesh | None = None,
     fsdp: bool = False,
     compared: bool = False,
+    offload: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint, Hugging Face's or one that `jhessians convert` wrote, as a Flax module.
 
@@ -58,6 +60,8 @@ def load(
         fsdp: Shard parameters over `mesh` instead of giving each device all of them.
         compared: Hash what this host reads, and what the next one should have read, for which with
             `fsdp` it reads as much again; see `Origin.parts`.
+        offload: Leave the layers' matrices in host memory, from where the devices fetch one layer
+            at a time.
 
     Returns:
         Model, config and tokenizer. The model's linears are named as Hugging Face's base model
@@ -67,6 +71,7 @@ def load(
         CheckpointError: If it can't be found, isn't whole, isn't supported, or its tensors don't
             fit its config.json.
         NumericsError: If a weight is NaN or infinite; the message names the tensor.
+        MeshError: If `offload` is asked for of devices that can't read host memory.
         ValueError: If `fsdp` is asked for without a mesh, or `dtype` is no floating-point format.
     """
     asked = _asked(dtype)
@@ -79,6 +84,7 @@ def load(
     family = registry.family_of(config)
     adapter = adapters.open_adapter(source.adapter) if source.adapter else None
     model = nnx.eval_shape(lambda: registry.create(config, rngs=nnx.Rngs(0)))
+    model.layers.offloaded = offload
     if flax:
         if adapter is not None:
             raise CheckpointError(
@@ -188,15 +194,17 @@ def _restore(
     specs = {} if mesh is None else dict(nnx.to_flat_state(parameter_specs(state, mesh)))
     default = jnp.zeros(()).sharding
     wanted = {}
+    offloaded = _offloaded(model)
     for name, path in paths.items():
         spec = None if mesh is None else tuple(specs[path].get_value())
         sharding = _sharding(mesh, spec) or default
+        sharding = in_host(sharding) if path in offloaded else sharding
         wanted[name] = jax.ShapeDtypeStruct(variables[path].shape, dtype, sharding=sharding)
     manifest = read_manifest(checkpoint.folder)
     parts.know(repr(manifest and sorted(manifest.files.items())))
     arrays = checkpoint.restore(wanted)
     for name, array in arrays.items():
-        if not bool(_is_finite(array)):
+        if not (_is_finite_here(array) if is_in_host(array) else bool(_is_finite(array))):
             raise _not_finite(name, dtype)
         parts.add(array)
         variables[paths[name]] = variables[paths[name]].replace(array)
@@ -218,15 +226,26 @@ def _fill(
     state = nnx.state(model, nnx.Param)
     flat = dict(nnx.to_flat_state(state))
     specs = {} if mesh is None else dict(nnx.to_flat_state(parameter_specs(state, mesh)))
+    offloaded = _offloaded(model)
     for path, variable in flat.items():
         spec = None if mesh is None else tuple(specs[path].get_value())
         sharding = _sharding(mesh, spec)
         array = None
-        for index, names in entries[".".join(map(str, path))].items():
+        here = {
+            index: _whole_reader(names, wanted, stored, dtype, variable.shape[-1])
+            for index, names in entries[".".join(map(str, path))].items()
+        }
+        if path in offloaded:
+            read = _stack_reader(here, variable.shape, dtype)
+            array = jax.make_array_from_callback(
+                variable.shape, in_host(sharding), read, dtype=dtype
+            )
+            parts.add(array, read)
+            if not _is_finite_here(array):
+                raise _not_finite(".".join(map(str, path)), dtype)
+            here = {}
+        for index, read in here.items():
             shape = variable.shape[len(index) :]
-            names.sort(key=lambda name: wanted[name].part)
-            pieces = [_reader(stored[name], wanted[name].transform, dtype) for name in names]
-            read = pieces[0] if len(pieces) == 1 else _side_by_side(pieces, shape[-1])
             entry = _place(read, shape, _sharding(mesh, spec, len(index)))
             parts.add(entry, read)
             if not index:
@@ -238,9 +257,20 @@ def _fill(
                 array, finite = _writer(sharding)(array, entry, where)
             # Asking for the answer also waits for the transfer: tensors don't pile up on the host.
             if not bool(finite):
-                raise _not_finite(" or ".join(names), dtype)
+                raise _not_finite(" or ".join(entries[".".join(map(str, path))][index]), dtype)
         flat[path] = variable.replace(array)
     nnx.update(model, nnx.from_flat_state(flat))
+
+
+def _offloaded(model: Decoder) -> set[tuple[Any, ...]]:
+    """Paths of the parameters that stay in host memory."""
+    if not model.layers.offloaded:
+        return set()
+    return {
+        path
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+        if path[0] == "layers" and may_lie_in_host(variable.shape)
+    }
 
 
 def _sharding(mesh: Mesh | None, spec: tuple | None, leading: int = 0) -> Sharding | None:
@@ -262,6 +292,19 @@ def _reader(
         return lambda index: converted(tensor.read_slice(slices(index)))
     whole = cache(lambda: converted(tensor.read()))
     return lambda index: whole()[index]
+
+
+def _whole_reader(
+    names: list[str],
+    wanted: Mapping[str, rules.Home],
+    stored: Mapping[str, StoredTensor],
+    dtype: np.dtype,
+    columns: int,
+) -> Callable[[rules.Slices], rules.Values]:
+    """Reads slices of an entry of ours that one tensor holds, or several side by side."""
+    names.sort(key=lambda name: wanted[name].part)
+    parts = [_reader(stored[name], wanted[name].transform, dtype) for name in names]
+    return parts[0] if len(parts) == 1 else _side_by_side(parts, columns)
 
 
 def _side_by_side(
@@ -289,6 +332,38 @@ def _place(
     if sharding is None:
         return jnp.asarray(read((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, lambda index: read(index or ()))
+
+
+def _stack_reader(
+    entries: Mapping[tuple[int, ...], Callable[[rules.Slices], rules.Values]],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> Callable[[Any], np.ndarray]:
+    """Reads slices of a parameter of which every entry is a tensor.
+
+    Args:
+        entries: Index of an entry, on axes that no slice cuts → what reads slices of it.
+        shape: Of the whole parameter.
+        dtype: Number format.
+
+    Returns:
+        What reads.
+    """
+
+    def read(slices: Any) -> np.ndarray:
+        slices = slices or (slice(None),) * len(shape)
+        found = np.empty([len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)],
+                         dtype)  # fmt: skip
+        for index, entry in entries.items():
+            found[index] = entry(slices[len(index) :])
+        return found
+
+    return read
+
+
+def _is_finite_here(array: Array) -> bool:
+    """Whether what this host has of an array in host memory is finite."""
+    return all(np.isfinite(np.asarray(shard.data)).all() for shard in array.addressable_shards)
 
 
 def _not_finite(name: str, dtype: np.dtype) -> NumericsError:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jhessians.devices.fingerprint import sums_of_bits
+from jhessians.devices.offloading import is_in_host
 
 
 class Parts:
@@ -44,11 +45,13 @@ class Parts:
             self._unread = True
             return
         here = {_key(shard.index, array.shape): shard.data for shard in array.addressable_shards}
-        sums = [_sums(here[key]) for key in mine]
+        # What lies in host memory is a stack that may be too large for a device.
+        sums_of = _sums_by_entry if is_in_host(array) else _sums_at_once
+        sums = [sums_of(here[key]) for key in mine]
         self._mine.update(b"".join(sums))
         if mine != of_next:
             assert read is not None
-            sums = [_sums(jnp.asarray(read(index))) for index in of_next.values()]
+            sums = [sums_of(read(index)) for index in of_next.values()]
         self._of_next.update(b"".join(sums))
 
     def know(self, words: str) -> None:
@@ -77,5 +80,9 @@ def _key(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple((start, stop) for start, stop, _ in bounds)
 
 
-def _sums(part: jax.Array) -> bytes:
-    return np.asarray(sums_of_bits(part)).tobytes()
+def _sums_at_once(part: jax.Array | np.ndarray) -> bytes:
+    return np.asarray(sums_of_bits(jnp.asarray(part))).tobytes()
+
+
+def _sums_by_entry(stack: jax.Array | np.ndarray) -> bytes:
+    return b"".join(map(_sums_at_once, np.asarray(stack)))

@@ -123,8 +123,8 @@ def arguments(run: Path, model: Path, *flags: str, data: Path | None = None) -> 
 
 
 def test_two_processes_compute_what_one_does(model, tmp_path, record_property):
-    """Labels sampled from the model, column of ones, weights spread over both."""
-    flags = ["--include_bias", "--fsdp"]
+    """Labels sampled from the model, column of ones, weights spread over both hosts' memory."""
+    flags = ["--include_bias", "--fsdp", "--offload=weights"]
     options = {"model": str(model), "dataset": str(model / "docs.jsonl"), "num_shards": 2}
     config = ComputeConfig(str(tmp_path / "one"), **options, include_bias=True, world_size=1)
     compute(config)

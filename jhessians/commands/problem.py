@@ -175,6 +175,7 @@ def load_model(
     precision: str,
     revision: str | None,
     fsdp: bool,
+    offload: bool = False,
 ) -> nnx.Module:
     """Load the weights, on all devices.
 
@@ -185,6 +186,7 @@ def load_model(
         precision: Number format of the weights.
         revision: The model's on the Hub.
         fsdp: Whether to spread the weights instead of copying them to each device.
+        offload: Whether the layers' weights stay in host memory.
 
     Returns:
         The decoder.
@@ -201,6 +203,7 @@ def load_model(
             mesh=spread,
             fsdp=fsdp and spread is not None,
             compared=True,
+            offload=offload,
         ).model
     require_same_in_turn("weights", *model.origin.parts)
     return model

@@ -14,12 +14,12 @@ from typing import Any
 from jhessians.errors import ConfigError
 from jhessians.files import read_json
 
-VERSION = 1
+VERSION = 2
 """Of what is saved: states of another version can't be read."""
 
 NOT_NUMBERS = frozenset({
     "run_path", "overwrite", "quiet", "debug", "profile", "profile_trace",
-    "resume", "checkpoint_minutes", "grace_seconds", "world_size", "fsdp",
+    "resume", "checkpoint_minutes", "grace_seconds", "world_size", "fsdp", "offload",
     "timeout_minutes", "join_minutes",
 })  # fmt: skip
 """Options that change no number of a result, or only its rounding."""

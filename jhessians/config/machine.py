@@ -63,6 +63,13 @@ class DeviceOptions:
 class MachineOptions(DeviceOptions):
     """Where a fit computes."""
 
+    offload: str = option(
+        "none",
+        "weights: leave the layers' weights in host memory, from where the devices fetch one layer "
+        "at a time, so that the factors have the devices' memory to themselves.",
+        group=MACHINE,
+        choices=("none", "weights"),
+    )
     module_partitions: int | Literal["auto"] = option(
         1,
         "Fit the modules in so many groups, one after the other, each with passes of its own: "

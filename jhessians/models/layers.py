@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 from jhessians.capture.linears import Tapped, attach
+from jhessians.devices.offloading import to_device
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
 PRODUCT = "matrix product"
@@ -100,6 +101,8 @@ class Stack(Tapped):
     """
 
     scans = True
+    offloaded = False
+    """Whether its matrices lie in host memory, from where one block at a time is fetched."""
 
     def __init__(
         self,
@@ -137,6 +140,7 @@ class Stack(Tapped):
         def body(carry, step):
             hidden, statistics = carry
             state, own, layer = step
+            state = to_device(state) if self.offloaded else state
             block = nnx.merge(graph, state)
             if tape is not None:
                 inner = tape.inside(statistics, layer, self.count)

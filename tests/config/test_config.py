@@ -49,6 +49,7 @@ CHANGED = ComputeConfig(
     token_batch_size=512,
     activations="recompute",
     module_partitions=2,
+    offload="weights",
     world_size=4,
     fsdp=True,
     num_shards=3,
