@@ -78,7 +78,7 @@ def build(config: BuildConfig) -> Summary | None:
     """
     start_hosts()
     first = jax.process_index() == 0
-    mesh = make_mesh(config.world_size)
+    mesh = make_mesh(config.world_size, axes=config.mesh)
     require_supported(config.matmul_precision, jax.local_devices()[0])
     with ExitStack() as stack:
         with together():
