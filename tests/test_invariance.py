@@ -18,6 +18,7 @@ from jhessians.devices.mesh import mark_sharded, parameter_specs
 from jhessians.folds.shampoo import Shampoo
 from jhessians.folds.tkfac import TKFAC
 from jhessians.interop.export import ArrayRows, Destination
+from jhessians.models import vocabulary
 from tests import small
 from tests.small import relative_error
 from tests.tolerances import INVARIANCE
@@ -39,8 +40,8 @@ def sharded(model, mesh):
     return nnx.merge(graph, state)
 
 
-def fit(model, data, batches, *, labels="dataset", devices=1, fsdp=False, **options):
-    mesh = jhessians.make_mesh(devices) if devices > 1 else None
+def fit(model, data, batches, *, labels="dataset", devices=1, fsdp=False, axes=None, **options):
+    mesh = jhessians.make_mesh(devices, axes=axes) if devices > 1 else None
     loss = jhessians.NextTokenLoss(labels, seed=1)
     sites = jhessians.find_sites(loss, model, batches[0], include_bias=True)
     model = sharded(model, mesh) if fsdp else model
@@ -125,6 +126,15 @@ def test_devices(references, model, data, labels, devices, fsdp, rows):
     batches = small.batches(data, token_batch_size=rows, max_shapes=1, devices=devices)
     result = fit(model, data, batches, labels=labels, devices=devices, fsdp=fsdp)
     compare(result, references(labels))
+
+
+@pytest.mark.parametrize("axes", ["2x4", "data=2,fsdp=2x2"])
+def test_arrangements_of_devices(references, model, data, axes, monkeypatch):
+    """With slices of the vocabulary that are one block of tokens each."""
+    monkeypatch.setattr(vocabulary, "SLICE_LOGITS", 1)
+    batches = small.batches(data, token_batch_size=32, max_shapes=1, devices=8)
+    given = {"labels": "sampled", "devices": 8, "fsdp": True, "axes": axes}
+    compare(fit(model, data, batches, **given), references("sampled"))
 
 
 def reordered(data, seed=0):

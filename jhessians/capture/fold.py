@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jhessians.capture.site import Site
+from jhessians.devices.tiles import padded_share
 from jhessians.typing import Array, Float, PyTree, Shaped
 
 
@@ -26,12 +27,14 @@ class Context:
         mask: The positions that count, [document, position]; None if all do.
         axes: The mesh axes that rows are sharded over; none on a single device.
         shards: How many devices that is: the product of the axes' sizes.
+        tiled: Whether the devices are TPUs, which keep arrays in tiles.
         weight: The factor by which the traversal multiplies every term.
     """
 
     mask: Any = None
     axes: tuple[str, ...] = field(default=(), metadata={"static": True})
     shards: int = field(default=1, metadata={"static": True})
+    tiled: bool = field(default=False, metadata={"static": True})
     weight: float = field(default=1.0, metadata={"static": True})
 
     def padded(self, rows: int) -> int:
@@ -63,10 +66,18 @@ class Context:
         """
         if missing := self.padded(x.shape[0]) - x.shape[0]:
             x = jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1))
-        # One axis in turn: over several at once XLA makes it an all-reduce of the whole array.
+        # One mesh axis in turn, each along an axis of its own: over several at once, or along rows
+        # whose shares aren't whole tiles, XLA adds up all rows on every TPU.
+        sizes = tuple(lax.axis_size(axis) for axis in self.axes)
+        x = x.reshape(*sizes, -1, *x.shape[1:])
+        share = x.shape[len(sizes) :]
+        if self.tiled and len(share) == 2:
+            padded = padded_share(share, sizes, x.dtype.itemsize)
+            more = [(0, new - old) for new, old in zip(padded, share, strict=True)]
+            x = jnp.pad(x, [(0, 0)] * len(sizes) + more)
         for axis in self.axes:
-            x = lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
-        return x
+            x = lax.psum_scatter(x, axis, scatter_dimension=0)
+        return x[tuple(slice(n) for n in share)]
 
     def all_documents(self, x: Shaped[Array, "n *rest"]) -> Shaped[Array, "all *rest"]:
         """Gather what the devices have of their documents.

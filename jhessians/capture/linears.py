@@ -7,7 +7,7 @@ shows the tape input and output. The caller's model is never changed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 from jax import lax
@@ -21,9 +21,11 @@ class Attached(nnx.Module):
 
     Attributes:
         tape: Of the pass; None outside of one.
+        tables: Names of parameters of which it gathers parts itself (`jhessians.capture.shards`).
     """
 
     tape: Any = None
+    tables: ClassVar[tuple[str, ...]] = ()
 
 
 class Tapped(Attached):

@@ -7,7 +7,7 @@ from flax import nnx
 from jhessians.capture.linears import Tapped, Weight
 from jhessians.capture.products import Product
 from jhessians.capture.routing import Routing
-from jhessians.capture.tape import gather_weights
+from jhessians.capture.shards import gather_weights
 from jhessians.capture.taps import product
 from jhessians.typing import Array
 
@@ -34,7 +34,7 @@ class QuietTape:
 
     def gather_weights(self, module: nnx.Module) -> None:
         """Make whole, in place, the parameters of `module` that are sharded over the mesh."""
-        gather_weights(module, self.axes)
+        gather_weights(module, self.axes, keep_tables=False)
 
     def record(
         self, linear: Tapped, x: Array, kernel: Array, routing: Routing | None = None

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jhessians.capture.shards import Shards, whole
 from jhessians.typing import Array, Bool, Float, Int, PyTree
 
 
@@ -132,7 +133,7 @@ _collect.defvjp(
 
 def grouped_product(
     x: Float[Array, "r i"],
-    kernels: Float[Array, "e i o"],
+    kernels: Float[Array, "e i o"] | Shards,
     sizes: Int[Array, " e"],
     *,
     backward_only: bool = True,
@@ -144,7 +145,7 @@ def grouped_product(
 
     Args:
         x: Rows, group after group.
-        kernels: The kernel of each group.
+        kernels: The kernel of each group; of shards, one group's is gathered at a time.
         sizes: How many rows each group has.
         backward_only: See `Routing`.
 
@@ -154,12 +155,12 @@ def grouped_product(
     return (_product if backward_only else _blockwise)(x, kernels, sizes)
 
 
-def _blockwise(x: Array, kernels: Array, sizes: Array) -> Array:
+def _blockwise(x: Array, kernels: Array | Shards, sizes: Array) -> Array:
     rows, size = x.shape[0], _block_rows(x.shape[0], len(kernels))
     x = jnp.pad(x, ((0, size), (0, 0)))
 
-    def group(y: Array, step: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        kernel, first, count = step
+    def group(y: Array, step: tuple[Array | Shards, Array, Array]) -> tuple[Array, None]:
+        kernel, first, count = whole(step[0]), *step[1:]
 
         def block(k: Array, y: Array) -> Array:
             # A last block that reaches into the next group's rows is overwritten by that group.
@@ -177,13 +178,18 @@ _product = jax.custom_vjp(_blockwise)
 
 
 def _product_forward(
-    x: Array, kernels: Array, sizes: Array
-) -> tuple[Array, tuple[Array, Array, Array]]:
+    x: Array, kernels: Array | Shards, sizes: Array
+) -> tuple[Array, tuple[Array, Array | Shards, Array]]:
     return _blockwise(x, kernels, sizes), (x, kernels, sizes)
 
 
-def _product_backward(residuals: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None]:
+def _product_backward(
+    residuals: tuple[Array, Array | Shards, Array], g: Array
+) -> tuple[Array, Array | None, None]:
     x, kernels, sizes = residuals
+    backwards = _blockwise(g, kernels.swapaxes(-1, -2), sizes)
+    if isinstance(kernels, Shards):  # as they are where weights are constants alone
+        return backwards, None, None
     size = _block_rows(x.shape[0], len(kernels))
     padded_x, padded_g = (jnp.pad(t, ((0, size), (0, 0))) for t in (x, g))
 
@@ -202,7 +208,7 @@ def _product_backward(residuals: tuple[Array, Array, Array], g: Array) -> tuple[
 
     # XLA drops this where the weights are constants, as they are in all of our passes.
     _, kernel_gradients = lax.scan(group, None, (_starts(sizes), sizes))
-    return _blockwise(g, kernels.swapaxes(-1, -2), sizes), kernel_gradients, None
+    return backwards, kernel_gradients, None
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -13,6 +13,7 @@ from jhessians.capture.linears import Tapped, Weight, attach, modules, weights
 from jhessians.capture.problem import Loss
 from jhessians.capture.products import Product
 from jhessians.capture.routing import Routing
+from jhessians.capture.shards import Shards
 from jhessians.capture.site import Site, Statistics
 from jhessians.capture.tape import TRANSFORMED, Tape
 from jhessians.capture.taps import product
@@ -170,7 +171,7 @@ class _Listener(Tape):
         return self.statistics
 
     def record(
-        self, linear: Tapped, x: Array, kernel: Array, routing: Routing | None = None
+        self, linear: Tapped, x: Array, kernel: Array | Shards, routing: Routing | None = None
     ) -> Array:
         bias = getattr(linear, "bias", None)
         stack = self.stack

@@ -13,12 +13,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.tracers import TraceState
-from jax import lax
 
 from jhessians.capture.fold import Context, Fold, JointFold
 from jhessians.capture.linears import Tapped, Weight
 from jhessians.capture.products import Product
 from jhessians.capture.routing import Routing
+from jhessians.capture.shards import Shards, gather_weights
 from jhessians.capture.site import Site, Statistics
 from jhessians.capture.taps import collect, product, report, tap
 from jhessians.typing import Array
@@ -85,14 +85,14 @@ class Tape:
         gather_weights(module, self.context.axes)
 
     def record(
-        self, linear: Tapped, x: Array, kernel: Array, routing: Routing | None = None
+        self, linear: Tapped, x: Array, kernel: Array | Shards, routing: Routing | None = None
     ) -> Array:
         """Multiply for one of our own linears, which adds its term in the backward pass.
 
         Args:
             linear: The module that is called.
             x: [document, position..., in], or with a routing [row, in].
-            kernel: [in, out], or with a routing [expert, in, out].
+            kernel: [in, out]; or with a routing [expert, in, out], which may be shards.
             routing: Which expert reads which rows, if the linear is experts'.
 
         Returns:
@@ -212,27 +212,3 @@ class Tape:
                     "needs all calls of one pass to have the same"
                 )
         return report(x, y, slot)
-
-
-def gather_weights(module: nnx.Module, axes: tuple[str, ...]) -> None:
-    """Replace, in place, each sharded parameter by the whole of it.
-
-    A parameter says in its metadata along which axis it is sharded (`jhessians.devices.mesh`).
-    Stacks are passed over: their scan gathers one layer at a time.
-
-    Args:
-        module: A module merged inside `shard_map`, its arrays this device's shards.
-        axes: The mesh axes that the shards lie on.
-    """
-    if not axes or getattr(module, "scans", False):
-        return
-    for name, value in vars(module).items():
-        if isinstance(value, nnx.Variable) and value.get_metadata().get("sharded_axis"):
-            whole = value[...]
-            axis = whole.ndim + value.get_metadata()["sharded_axis"]
-            for mesh_axis in reversed(axes):
-                whole = lax.all_gather(whole, mesh_axis, axis=axis, tiled=True)
-            # A module that is found twice must not be gathered twice.
-            setattr(module, name, value.replace(whole, sharded_axis=None))
-    for _, child in nnx.iter_module_children(module):
-        gather_weights(child, axes)

@@ -26,6 +26,7 @@ from jax import lax
 
 from jhessians.capture.fold import Context, Fold, JointFold
 from jhessians.capture.routing import Routing, grouped_product, over_grid
+from jhessians.capture.shards import Shards, whole
 from jhessians.capture.site import Site
 from jhessians.typing import Array, PyTree
 
@@ -33,19 +34,20 @@ Call = tuple[Array, Array]
 """A linear's input and the loss gradient at its output, or arrays of their forms."""
 
 
-def product(x: Array, kernel: Array, routing: Routing | None = None) -> Array:
+def product(x: Array, kernel: Array | Shards, routing: Routing | None = None) -> Array:
     """x @ kernel; with a routing, each expert's rows times the kernel of that expert.
 
     Args:
         x: [document, position..., in], or with a routing [row, in].
         kernel: [in, out], or with a routing [expert, in, out].
-        routing: Which rows are of which expert.
+        routing: Which rows are of which expert; then of a kernel's shards one expert's is gathered
+            at a time.
 
     Returns:
         [document, position..., out], or with a routing [row, out].
     """
     if routing is None:
-        return x @ kernel
+        return x @ whole(kernel)
     return grouped_product(x, kernel, routing.sizes, backward_only=routing.backward_only)
 
 
@@ -54,7 +56,7 @@ def tap(
     fold: Fold | JointFold,
     site: Site,
     x: Array,
-    kernel: Array,
+    kernel: Array | Shards,
     statistics: PyTree[Array],
     operands: Mapping[str, Any],
     context: Context,
@@ -85,7 +87,7 @@ def _tap_forward(
     fold: Fold | JointFold,
     site: Site,
     x: Array,
-    kernel: Array,
+    kernel: Array | Shards,
     statistics: PyTree[Array],
     operands: Mapping[str, Any],
     context: Context,

@@ -24,10 +24,11 @@ from jhessians.capture.documents import DocumentContext, PerDocument, PerDocumen
 from jhessians.capture.fold import Context, Fold, JointFold, Matrices
 from jhessians.capture.linears import attach
 from jhessians.capture.problem import Problem, keep_activations
+from jhessians.capture.shards import gather_weights
 from jhessians.capture.site import Operands, Site, Statistics
-from jhessians.capture.tape import Tape, gather_weights
+from jhessians.capture.tape import Tape
 from jhessians.capture.taps import add_scattered
-from jhessians.devices.mesh import axis_names, parameter_specs, where_explicit
+from jhessians.devices.mesh import axis_names, parameter_specs, platform_of, where_explicit
 from jhessians.devices.precision import multiplying
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
@@ -245,4 +246,6 @@ def shaped_rows(
 def _context(fold: Fold | JointFold, mesh: Mesh | None) -> Context:
     summed = not isinstance(fold, PerDocument | PerDocumentJointly)
     form = Context if summed else DocumentContext
-    return form() if mesh is None else form(axes=axis_names(mesh), shards=mesh.size)
+    if mesh is None:
+        return form()
+    return form(axes=axis_names(mesh), shards=mesh.size, tiled=platform_of(mesh) == "tpu")

@@ -19,7 +19,7 @@ VERSION = 2
 
 NOT_NUMBERS = frozenset({
     "run_path", "overwrite", "quiet", "debug", "profile", "profile_trace",
-    "resume", "checkpoint_minutes", "grace_seconds", "world_size", "fsdp", "offload",
+    "resume", "checkpoint_minutes", "grace_seconds", "world_size", "mesh", "fsdp", "offload",
     "timeout_minutes", "join_minutes",
 })  # fmt: skip
 """Options that change no number of a result, or only its rounding."""

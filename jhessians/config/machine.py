@@ -6,8 +6,9 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from jhessians.config.option import option
-from jhessians.errors import ConfigError
+from jhessians.config.option import name_flags, option
+from jhessians.devices.axes import parse_axes
+from jhessians.errors import ConfigError, MeshError
 from jhessians.interop.layout import Layout
 
 MACHINE = "machine"
@@ -42,6 +43,16 @@ class DeviceOptions:
         minimum=1,
         default_text="all devices",
     )
+    mesh: str | None = option(
+        None,
+        "How the devices are arranged, for those who know better: sizes of axes such as 4x2, whose "
+        "product is their number; or with --fsdp such as data=4,fsdp=2, which spreads the weights "
+        "over fsdp and copies them along data (data=4x4,fsdp=4x2 gives each several axes). Axes of "
+        "8 or more make TPUs sum every factor whole.",
+        group=MACHINE,
+        metavar="AXES",
+        default_text="short axes that follow the devices' wiring",
+    )
     fsdp: bool = option(
         False,
         "Spread the model's weights over the devices instead of copying them to each.",
@@ -57,6 +68,27 @@ class DeviceOptions:
         group=MACHINE,
         choices=("auto", "store", "recompute"),
     )
+
+    def check_together(self) -> None:
+        """Refuse a mesh that can't be read, or that says otherwise than `fsdp`.
+
+        Raises:
+            ConfigError: With one line.
+        """
+        if self.mesh is None:
+            return
+        try:
+            names = list(parse_axes(self.mesh))
+        except MeshError as error:
+            raise ConfigError(name_flags(str(error), ["mesh"])) from None
+        spreads = any(name.startswith("fsdp") for name in names)
+        if spreads and not self.fsdp:
+            raise ConfigError(f"--mesh {self.mesh} spreads the weights; add --fsdp")
+        if self.fsdp and not spreads and names[0].startswith("data"):
+            raise ConfigError(
+                f"--fsdp spreads the weights, but --mesh {self.mesh} copies them along all axes; "
+                "name an axis fsdp, or leave one of them out"
+            )
 
 
 @dataclass(frozen=True)

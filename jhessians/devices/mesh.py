@@ -1,11 +1,13 @@
 """Devices: the mesh, how arrays lie on it, and how a host's data gets there.
 
 The same devices share three things: each computes some of the documents, keeps some rows of every
-statistic, and with `fsdp` keeps a part of every parameter of the model. Nothing uses one axis of
-the mesh alone; it has several only so that each collective operation runs over a short one.
+statistic, and with `fsdp` keeps a part of every parameter of the model. Documents and rows are
+spread over all axes of the mesh; it has several only so that each collective operation runs over a
+short one. Weights are spread over all axes too, or over those named `fsdp` where there are some.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,56 +16,111 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jhessians.devices.axes import parse_axes, short_factors, size_of
 from jhessians.errors import MeshError
 from jhessians.typing import Array, PyTree
 
 SMALLEST_SHARD = 128  # elements of a parameter per device, under which it is copied to all
-# Measured: from 16 chips on, XLA turns a reduce-scatter over a flat axis into an all-reduce.
-LONGEST_AXIS = 8
+LONGEST_OF_OTHERS = 8
+"""Devices along an axis of what isn't a TPU: a machine's GPUs, as a rule."""
 
 
-def make_mesh(world_size: int | None = None) -> Mesh:
+def make_mesh(
+    world_size: int | None = None,
+    *,
+    axes: str | None = None,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
     """A mesh of the first `world_size` devices of all hosts, by default of all.
 
+    Args:
+        world_size: How many devices; by default as many as `axes` say, which must then be all.
+        axes: Sizes and names of the axes, as `jhessians.devices.axes.parse_axes` reads them; by
+            default they follow from how the devices are wired, and are short.
+        devices: The devices that there are, such as those of a topology; default JAX's.
+
     Returns:
-        One axis; or several, of at most `LONGEST_AXIS` devices each where that is possible.
+        One axis or several.
 
     Raises:
-        MeshError: If there are fewer, or a host would be left without one.
+        MeshError: If there are fewer devices, a host would be left without one, or the axes can't
+            be read or don't multiply out.
     """
-    available = jax.devices()
+    available = list(jax.devices() if devices is None else devices)
+    sizes = None if axes is None else parse_axes(axes)
     count = len(available) if world_size is None else world_size
     if not 1 <= count <= len(available):
         hint = (
             "; virtual ones come from JAX_NUM_CPU_DEVICES=N in the environment"
-            if jax.default_backend() == "cpu"
+            if available[0].platform == "cpu"
             else ""
         )
         raise MeshError(
             f"`world_size` asks for {count} devices, but JAX sees {len(available)} "
             f"({available[0].platform}); ask for 1 to {len(available)}{hint}"
         )
-    if jax.process_count() > 1 and count != len(available):
+    if devices is None and jax.process_count() > 1 and count != len(available):
         raise MeshError(
             f"`world_size` {count} would leave some of the {jax.process_count()} hosts idle; "
             f"with several hosts use all {len(available)} devices"
         )
-    shape = _axis_sizes(count)
-    names = tuple(f"devices{i}" for i in range(len(shape)))
-    return jax.make_mesh(
-        shape, names, devices=available[:count],
-        axis_types=(jax.sharding.AxisType.Auto,) * len(shape),
-    )  # fmt: skip
+    if sizes is not None and size_of(sizes) != count:
+        there = f"there are {count}" if world_size is None else f"`world_size` is {count}"
+        raise MeshError(
+            f"`mesh` {axes} is of {size_of(sizes)} devices, but {there}; give sizes that multiply "
+            f"to {count}"
+            + ("" if size_of(sizes) > count else f", or `world_size` {size_of(sizes)}")
+        )
+    grid = _wired(available[:count])
+    if sizes is None:
+        grid = _short_axes(grid)
+        sizes = {f"devices{i}": size for i, size in enumerate(grid.shape)}
+    shape = tuple(sizes.values())
+    return Mesh(grid.reshape(shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def _axis_sizes(count: int) -> tuple[int, ...]:
-    """`count` as a product of factors up to LONGEST_AXIS, where its divisors allow."""
-    sizes = []
-    while count > LONGEST_AXIS:
-        factor = next((f for f in range(LONGEST_AXIS, 1, -1) if count % f == 0), count)
-        sizes.append(factor)
-        count //= factor
-    return (*sizes, count) if count > 1 or not sizes else tuple(sizes)
+def _wired(devices: list[Any]) -> np.ndarray:
+    """Devices as the grid that they are wired in; those that are none of TPUs', in a line.
+
+    Returns:
+        An array of devices, with an axis for each that the grid has; slices of a pod, which are not
+        wired to one another, come last.
+    """
+    line = np.empty(len(devices), object)
+    line[:] = devices
+    if any(each.platform != "tpu" for each in devices):
+        return line
+    places = np.array([
+        [*each.coords, getattr(each, "core_on_chip", 0), getattr(each, "slice_index", 0) or 0]
+        for each in devices
+    ])  # fmt: skip
+    places -= places.min(0)
+    shape = places.max(0) + 1
+    if shape.prod() != len(devices) or len(np.unique(places, axis=0)) != len(devices):
+        return line
+    grid = np.empty(shape, object)
+    for place, each in zip(places, devices, strict=True):
+        grid[tuple(place)] = each
+    return grid.squeeze() if len(devices) > 1 else grid.reshape(1)
+
+
+def _short_axes(grid: np.ndarray) -> np.ndarray:
+    """The same devices with every axis divided into short ones.
+
+    Returns:
+        A grid whose first axes are of neighbours: sums are spread over these first, when they are
+        largest.
+    """
+    tpu = grid.flat[0].platform == "tpu"
+    if not tpu:
+        return grid.reshape(short_factors(grid.size, LONGEST_OF_OTHERS) or (1,))
+    if grid.size == 1:
+        return grid.reshape(1)
+    factors = [short_factors(size)[::-1] for size in grid.shape]
+    divided = grid.reshape([size for each in factors for size in each])
+    # Axis by axis, how far its devices are from being neighbours.
+    distance = [len(each) - 1 - i for each in factors for i in range(len(each))]
+    return divided.transpose(np.argsort(distance, kind="stable"))
 
 
 def axis_names(mesh: Mesh) -> tuple[str, ...]:
@@ -71,40 +128,91 @@ def axis_names(mesh: Mesh) -> tuple[str, ...]:
     return tuple(mesh.axis_names)
 
 
-def mark_sharded(model: nnx.Module, mesh: Mesh, *, stacked: bool = False) -> None:
-    """Note in each parameter's metadata along which axis `fsdp` shards it.
+def platform_of(mesh: Mesh | None) -> str:
+    """Of the mesh's devices, or of the one that JAX takes by default: cpu, tpu, cuda or rocm."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
-    That is the longer one of a matrix's two axes, or the other if the devices don't divide it.
-    Vectors and small matrices stay whole. The axis is counted from the end, so that the same number
-    is right with and without a stack's layer axis in front.
+
+def weight_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes over which `fsdp` spreads weights: those named fsdp…, or all if none is."""
+    names = axis_names(mesh)
+    return tuple(name for name in names if name.startswith("fsdp")) or names
+
+
+def mark_sharded(model: nnx.Module, mesh: Mesh, *, stacked: bool = False) -> None:
+    """Note in each parameter's metadata along which axis `fsdp` shards it, over which of the mesh.
+
+    That is the longer one of a matrix's two axes, or the other if the devices don't divide it; the
+    last one of a table of which slices are gathered (`jhessians.capture.shards`). If the devices
+    divide none, those of the first axes of the mesh may. Vectors and small matrices stay whole. The
+    axis is counted from the end, so that the same number is right with and without a stack's layer
+    axis in front.
 
     Args:
         model: Arrays or shapes.
         mesh: The devices.
         stacked: Whether `model` is a stack's block, whose parameters have a layer axis in front.
     """
-    for parameter in vars(model).values():
+    axes = weight_axes(mesh)
+    for name, parameter in vars(model).items():
         if isinstance(parameter, nnx.Param) and mesh.size > 1:
             shape = parameter.shape[stacked:]
-            fits = [i for i in (-1, -2) if len(shape) > 1 and shape[i] % mesh.size == 0]
-            if fits and math.prod(shape) >= mesh.size * SMALLEST_SHARD:
-                parameter.set_metadata(sharded_axis=max(fits, key=lambda i: shape[i]))
+            candidates = (-1, -2) if len(shape) > 1 else ()
+            found = None
+            if name in getattr(model, "tables", ()):
+                found = _spread(mesh, axes, shape, candidates[:1])
+            axis, over = found or _spread(mesh, axes, shape, candidates) or (None, ())
+            if axis is not None:
+                parameter.set_metadata(sharded_axis=axis, sharded_over=over)
     for _, child in nnx.iter_module_children(model):
         mark_sharded(child, mesh, stacked=stacked or getattr(model, "scans", False))
+
+
+def _spread(
+    mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], candidates: Sequence[int]
+) -> tuple[int, tuple[str, ...]] | None:
+    """Which of an array's axes to spread, and over how many of the mesh's: as many as can be."""
+    for count in range(len(axes), 0, -1):
+        devices = math.prod(mesh.shape[name] for name in axes[:count])
+        fits = [i for i in candidates if shape[i] % devices == 0]
+        if devices > 1 and fits and math.prod(shape) >= devices * SMALLEST_SHARD:
+            return max(fits, key=lambda i: shape[i]), axes[:count]
+    return None
 
 
 def parameter_specs(state: nnx.State, mesh: Mesh) -> PyTree[P]:
     """One spec per parameter, in the structure of `state`."""
 
     def spec(variable: Any) -> Any:
-        axis = variable.get_metadata().get("sharded_axis")
+        metadata = variable.get_metadata()
+        axis = metadata.get("sharded_axis")
         if axis is None:
             return variable.replace(P())
         parts: list[Any] = [None] * len(variable.shape)
-        parts[axis] = axis_names(mesh)
+        parts[axis] = metadata["sharded_over"]
         return variable.replace(P(*parts))
 
     return jax.tree.map(spec, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def parameter_shapes_on(state: nnx.State, mesh: Mesh | None) -> nnx.State:
+    """The shapes among a model's variables, with shardings where they have none; arrays as is.
+
+    Args:
+        state: Of arrays, or of `jax.ShapeDtypeStruct`s.
+        mesh: The devices; None for a single one, which needs no sharding.
+
+    Returns:
+        A state that a `jit` can be lowered for.
+    """
+    if mesh is None:
+        return state
+    return jax.tree.map(
+        lambda x, spec: x
+        if not isinstance(x, jax.ShapeDtypeStruct) or x.sharding is not None
+        else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        state, parameter_specs(state, mesh),
+    )  # fmt: skip
 
 
 def where_explicit(mesh: Mesh, specs: PyTree[P], arguments: Any) -> Any:
@@ -129,17 +237,23 @@ def where_explicit(mesh: Mesh, specs: PyTree[P], arguments: Any) -> Any:
 def put_batches(batches: PyTree[np.ndarray], mesh: Mesh | None) -> PyTree[Any]:
     """Spread this host's rows of stacked batches [batch, document, ...] over its devices.
 
-    The rows of all hosts together make the global batches. Without a mesh nothing is done.
+    The rows of all hosts together make the global batches. Without a mesh nothing is done. Shapes
+    stand for the global batches.
 
     Returns:
-        Arrays whose axis of documents is sharded over the mesh; without a mesh, what was given.
+        Arrays, or shapes, whose axis of documents is sharded over the mesh; without a mesh, what
+        was given.
     """
     if mesh is None:
         return batches
     sharding = NamedSharding(mesh, P(None, axis_names(mesh)))
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batches
-    )
+
+    def put(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(put, batches)
 
 
 def in_host_memory(array: Array) -> Any:

@@ -21,7 +21,7 @@ from jhessians.capture.site import Operands
 from jhessians.capture.traversal import accumulate, initialize
 from jhessians.devices.hosts import fetch
 from jhessians.devices.memory import return_freed_memory
-from jhessians.devices.mesh import put_batches
+from jhessians.devices.mesh import platform_of, put_batches
 from jhessians.errors import NumericsError
 from jhessians.fitting.passes import COMPILER_OPTIONS, check_fold, untraced
 from jhessians.typing import PyTree
@@ -65,7 +65,7 @@ class DocumentPass:
         self.fold, self.problem, self._checked = fold, problem, False
         graph, self._state = nnx.split(problem.model)
 
-        @partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
+        @partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(platform_of(problem.mesh)))
         def step(state, batch, operands, finishing):
             here = problem.of(nnx.merge(graph, state))
             each = self._each(batch, hosts=1)

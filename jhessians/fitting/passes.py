@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from jhessians.capture.site import Operands, Statistics
 from jhessians.capture.traversal import accumulate, initialize, shaped_rows
 from jhessians.devices.hosts import fetch
 from jhessians.devices.memory import return_freed_memory
-from jhessians.devices.mesh import put_batches
+from jhessians.devices.mesh import parameter_shapes_on, platform_of, put_batches
 from jhessians.errors import NumericsError
 from jhessians.fitting.checkpoints import Series
 from jhessians.typing import DTypeLike, PyTree
@@ -50,11 +51,14 @@ class Pass:
 
     def __init__(self, fold: Fold | JointFold, problem: Problem, *, dtype: DTypeLike | None = None):
         self.fold, self.problem, self.dtype = fold, problem, dtype
-        graph, self._state = nnx.split(problem.model)
+        graph, state = nnx.split(problem.model)
+        self._state = parameter_shapes_on(state, problem.mesh)
 
         # The statistics are donated: sums are updated in place.
         @partial(
-            jax.jit, donate_argnums=2, compiler_options=COMPILER_OPTIONS.get(jax.default_backend())
+            jax.jit,
+            donate_argnums=2,
+            compiler_options=COMPILER_OPTIONS.get(platform_of(problem.mesh)),
         )
         def step(state, batches, statistics, operands, count):
             def add(number, sums):
@@ -81,7 +85,7 @@ class Pass:
     ) -> Statistics:
         """Sum over all batches; arguments, result and errors are those of `run_pass`."""
         kept = kept or Series()
-        saved = kept.load(lambda position: self._shapes_of_sums())
+        saved = kept.load(lambda position: self.shapes_of_sums())
         done, running = (saved.position["batches"] if saved else 0), None
         statistics = saved.arrays if saved else self.initialize()
         batches = iter(batches)
@@ -114,20 +118,26 @@ class Pass:
 
     def lower(
         self,
-        batch: PyTree[np.ndarray],
-        statistics: Statistics,
+        batch: PyTree[np.ndarray | jax.ShapeDtypeStruct],
+        statistics: Statistics | None = None,
         operands: Operands | None = None,
     ) -> jax.stages.Lowered:
         """The step for batches of one shape, not compiled yet.
 
+        Where the problem's model holds shapes (`nnx.eval_shape`), a batch does, and the mesh is of
+        the devices of a topology (`jhessians.topology_devices`), no device and no memory is needed.
+
         Args:
-            batch: As `run` gets them.
-            statistics: The running sums, or their shapes and shardings.
-            operands: Further arrays that the fold needs, or their shapes and shardings.
+            batch: As `run` gets them; or shapes, of the global batch.
+            statistics: The running sums, or their shapes and shardings; by default those of the
+                fold.
+            operands: Further arrays that the fold needs, or their shapes and shardings, such as
+                `jhessians.eigenvector_shapes` gives for the eigenvalue correction.
 
         Returns:
             The step, for one call's batches.
         """
+        statistics = self.shapes_of_sums() if statistics is None else statistics
         return self._step.lower(*self._arguments([batch], statistics, operands))
 
     def compile_ahead(self, batch: PyTree[np.ndarray], operands: Operands | None = None) -> None:
@@ -146,20 +156,21 @@ class Pass:
 
         def compile() -> None:
             with suppress(Exception), jax.enable_x64(wide):
-                self.lower(batch, self._shapes_of_sums(), operands).compile()
+                self.lower(batch, operands=operands).compile()
             return_freed_memory()
 
         self._ahead = threading.Thread(target=compile, name="compile ahead", daemon=True)
         self._ahead.start()
 
-    def _shapes_of_sums(self) -> PyTree[jax.ShapeDtypeStruct]:
+    def shapes_of_sums(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """What the sums look like, with their shardings, before there are any."""
         shapes = jax.eval_shape(self.initialize)
         return shaped_rows(self.problem.sites, shapes, self.problem.mesh)
 
     def _arguments(self, group, statistics, operands):
         most = self._batches_of_a_call(group[0])
         filled = [*group, *[group[-1]] * (most - len(group))]
-        batches = put_batches(jax.tree.map(lambda *xs: np.stack(xs), *filled), self.problem.mesh)
+        batches = put_batches(jax.tree.map(_stacked, *filled), self.problem.mesh)
         return self._state, batches, statistics, operands or {}, np.int32(len(group))
 
     def _groups(self, batches: Iterable[PyTree[np.ndarray]]) -> Iterator[list[PyTree[np.ndarray]]]:
@@ -287,6 +298,13 @@ def untraced(
                 "inside your own jax.jit call initialize, accumulate and unpack instead"
             )
         yield batch
+
+
+def _stacked(*arrays: Any) -> Any:
+    """Arrays side by side; of shapes, the shape of that."""
+    if isinstance(arrays[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(arrays), *arrays[0].shape), arrays[0].dtype)
+    return np.stack(arrays)
 
 
 def _shapes(batch: PyTree[np.ndarray]) -> list[tuple[int, ...]]:

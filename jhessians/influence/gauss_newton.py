@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jhessians.capture.linears import attach
 from jhessians.capture.problem import Problem, keep_activations
 from jhessians.capture.quiet import QuietTape
-from jhessians.capture.tape import gather_weights
+from jhessians.capture.shards import gather_weights
 from jhessians.devices.compiling import compiled
 from jhessians.devices.mesh import axis_names, parameter_specs, put_batches, where_explicit
 from jhessians.devices.precision import multiplying
@@ -157,7 +157,7 @@ def add_gauss_newton_product(
         def whole(chosen: Mapping[Path, Array]) -> Any:
             arrays = [chosen.get(path, parameters[path]) for path in paths]
             copy = nnx.merge(graph, tree.unflatten(arrays), copy=True)
-            gather_weights(copy, axes)
+            gather_weights(copy, axes, keep_tables=False)
             return copy
 
         def outputs(backward_only: bool, chosen: Mapping[Path, Array]) -> Array:
@@ -177,7 +177,7 @@ def add_gauss_newton_product(
         (products,) = lax.map(back, cotangents, batch_size=VECTORS_AT_ONCE)
         # What was gathered from shards is summed over devices by the gathering's own derivative.
         return {
-            path: lax.psum(x, axes) if axes and specs[path] == P() else x
+            path: lax.psum(x, left) if (left := _left_out(specs[path], axes)) else x
             for path, x in products.items()
         }
 
@@ -204,6 +204,11 @@ def add_gauss_newton_product(
         for place in places
         for name, x in place.matrices(products).items()
     }
+
+
+def _left_out(spec: P, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The mesh axes over which a parameter is copied."""
+    return tuple(axis for axis in axes if axis not in jax.tree.leaves(tuple(spec)))
 
 
 def require_vectors(problem: Problem, vectors: Vectors) -> None:

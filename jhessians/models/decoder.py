@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jhessians.capture.shards import Shards, lookup, weight, whole
 from jhessians.models.attention import Attention, Layer, Positions, each_layer, positions
 from jhessians.models.config import DecoderConfig
 from jhessians.models.layers import Linear, Stack, per_feature
@@ -83,6 +84,7 @@ class Decoder(nnx.Module):
     """
 
     origin: Any = None
+    tables = ("embedding", "head")  # spread over devices, they are gathered row by row
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         c = config
@@ -150,7 +152,7 @@ class Decoder(nnx.Module):
             Scaled and normed where the config says so.
         """
         c = self.config
-        h = _scaled(self.embedding[...][tokens], c.embedding_scale)
+        h = _scaled(lookup(weight(self.embedding), tokens), c.embedding_scale)
         if self.embedding_projection is not None:
             h = self.embedding_projection(h)
         if self.position_embedding is not None:
@@ -166,12 +168,31 @@ class Decoder(nnx.Module):
         h = apply(self.final_norm, h)
         return h if self.output_projection is None else self.output_projection(h)
 
+    @property
+    def table(self) -> Array | Shards:
+        """The head's matrix, [token, feature], or this device's part of it."""
+        return weight(self.embedding if self.head is None else self.head)
+
     def logits(self, hidden: Float[Array, "*rows d"]) -> Float[Array, "*rows v"]:
         """Unnormalised log-probabilities of the next token."""
-        c = self.config
-        logits = hidden @ (self.embedding if self.head is None else self.head)[...].T
+        return self.logits_of_products(hidden @ whole(self.table).T)
+
+    def logits_of_products(
+        self, products: Float[Array, "*rows v"], tokens: Int[Array, " v"] | None = None
+    ) -> Float[Array, "*rows v"]:
+        """Logits from products with rows of the head's matrix, entry by entry.
+
+        Args:
+            products: With each of these rows.
+            tokens: Which rows; default all.
+
+        Returns:
+            A logit for each product.
+        """
+        c, logits = self.config, products
         if self.head_bias is not None:
-            logits = logits + per_feature(self.head_bias[...], logits)
+            bias = self.head_bias[...]
+            logits = logits + per_feature(bias if tokens is None else bias[tokens], logits)
         logits = _scaled(logits, c.logit_scale)
         if c.logit_softcap is None:
             return logits

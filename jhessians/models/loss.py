@@ -3,7 +3,6 @@
 tokens: [document, position]. A document's loss is the sum over its labelled next-token positions.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -12,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jhessians.capture.shards import Shards
 from jhessians.data.batching import Batch
 from jhessians.models.decoder import Decoder
 from jhessians.models.layers import at_least_float32
-from jhessians.models.noise import fold_in, gumbel, key_of
-from jhessians.typing import Array, Float, Int, Int32
+from jhessians.models.sampling import sample
+from jhessians.models.vocabulary import NO_LABEL, sliced_losses
+from jhessians.typing import Array, Float, Int
 
 CHUNK_LOGITS = 1 << 22  # logits of a chunk: 16 MiB in float32, of which a few copies exist at once
-NO_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,25 @@ class NextTokenLoss:
         document = jnp.broadcast_to(batch.document[:, None], (n, s))
 
         flat = [x.reshape(n * s, *x.shape[2:]) for x in (targets, weights, document, position)]
-        values = self._chunked(model, hidden.reshape(n * s, -1), *flat)
+        hidden = hidden.reshape(n * s, -1)
+        fixed = lax.stop_gradient(hidden)
+        if isinstance(getattr(model, "table", None), Shards) and self._labels_come_first:
+            values, gradients = sliced_losses(
+                model, fixed, *flat, sampled=self.labels == "sampled", seed=self.seed,
+                draws=self.draws, log_odds=self.function == "log_odds",
+                smoothing=self.label_smoothing,
+            )  # fmt: skip
+        else:
+            values, gradients = self._chunked(model, fixed, *flat)
+        # Zero in value; in the backward pass it hands `gradients` to the hidden states.
+        surrogate = jnp.einsum("ktd,td->k", gradients, hidden - fixed)
+        values = values + surrogate.astype(values.dtype)
         return values if self.draws > 1 else values[0]
+
+    @property
+    def _labels_come_first(self) -> bool:
+        """Whether a label is known before the terms that depend on it are summed."""
+        return self.labels == "dataset" or self.function == "cross_entropy"
 
     def outputs(self, model: Decoder, batch: Batch) -> Float[Array, "n s d"]:
         """What the loss is a function of, position by position: the hidden states."""
@@ -136,14 +153,14 @@ class NextTokenLoss:
         weights: Float[Array, " t"],
         document: Int[Array, " t"],
         position: Int[Array, " t"],
-    ) -> Float[Array, " k"]:
+    ) -> tuple[Float[Array, " k"], Float[Array, "k t d"]]:
         """The weighted loss of all positions, with its gradient taken chunk by chunk.
 
         Loss and gradient at the hidden states are computed together while a chunk's logits exist,
         so the backward pass needs neither them nor a second product with the head.
 
         Returns:
-            One loss for each draw of labels.
+            One loss for each draw of labels, and its gradient.
         """
         rows = hidden.shape[0]
         size, chunks = _chunks(rows, model.config.vocabulary_size)
@@ -160,15 +177,12 @@ class NextTokenLoss:
             values, gradients = jax.vmap(one)(jnp.arange(self.draws))
             return totals + values, gradients
 
-        fixed = lax.stop_gradient(hidden)
-        pieces = (split(fixed), split(targets, fill=NO_LABEL), split(weights), split(document),
+        pieces = (split(hidden), split(targets, fill=NO_LABEL), split(weights), split(document),
                   split(position))  # fmt: skip
         zeros = jnp.zeros((self.draws,), weights.dtype)
         values, gradients = lax.scan(step, zeros, pieces)
-        gradients = gradients.swapaxes(0, 1).reshape(self.draws, chunks * size, -1)[:, :rows]
-        # Zero in value; in the backward pass it hands `gradients` to the hidden states.
-        surrogate = jnp.einsum("ktd,td->k", gradients, hidden - fixed)
-        return values + surrogate.astype(values.dtype)
+        gradients = gradients.swapaxes(0, 1).reshape(self.draws, chunks * size, -1)
+        return values, gradients[:, :rows]
 
     def _weighted(
         self,
@@ -216,54 +230,3 @@ def _split(x: Array, size: int, chunks: int, fill: int = 0) -> Array:
     """Rows as chunks, [chunk, row, ...], the last one filled up."""
     width = ((0, chunks * size - len(x)),) + ((0, 0),) * (x.ndim - 1)
     return jnp.pad(x, width, constant_values=fill).reshape(chunks, size, *x.shape[1:])
-
-
-def sample(
-    logits: Float[Array, "t v"],
-    document: Int[Array, " t"],
-    position: Int[Array, " t"],
-    seed: int,
-    draw: Int[Array, ""] | int = 0,
-) -> Int32[Array, " t"]:
-    """One label per row from softmax(logits): first a block of tokens, then one of its tokens.
-
-    Both draws use the Gumbel-max trick, and the two stages take 2 √V random numbers a row instead
-    of V. The row's key is a function of (seed, draw, document, position), so the label does not
-    move with batch, padding or mesh. (Inverting the distribution function would take a single
-    random number, but there rounding moves the result far more often.)
-
-    Everything is in float32, and the generator is fixed: models in float32 and float64 draw the
-    same labels, however JAX is configured (but where rounding of the logits decides between two).
-
-    Args:
-        logits: Of any floating-point type; -inf for tokens that cannot be drawn.
-        document: Number of each row's document.
-        position: Number of each row's position in its document.
-        seed: Other seeds draw other labels.
-        draw: The same for several draws from the same logits.
-
-    Returns:
-        Token ids, from 0 to v - 1.
-    """
-    rows, vocabulary = logits.shape
-    width = math.isqrt(vocabulary - 1) + 1
-    blocks = -(-vocabulary // width)
-    missing = blocks * width - vocabulary
-    padded = jnp.pad(logits.astype(jnp.float32), ((0, 0), (0, missing)), constant_values=-jnp.inf)
-    by_block = padded.reshape(rows, blocks, width)
-
-    of_draw = fold_in(key_of(seed), draw)
-
-    def noise(document: Array, position: Array) -> tuple[Array, Array]:
-        key = fold_in(fold_in(of_draw, document), position)
-        return gumbel(fold_in(key, 0), blocks), gumbel(fold_in(key, 1), width)
-
-    block_noise, token_noise = jax.vmap(noise)(document, position)
-    block = _argmax(jax.nn.logsumexp(by_block, axis=-1) + block_noise)
-    within = jnp.take_along_axis(by_block, block[:, None, None], axis=1)[:, 0]
-    return block * width + _argmax(within + token_noise)
-
-
-def _argmax(x: Float[Array, "t n"]) -> Int32[Array, " t"]:
-    # jnp.argmax would count in 64 bits where those are allowed.
-    return lax.argmax(x, 1, jnp.int32)

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jhessians.capture.linears import Attached, Tapped
 from jhessians.capture.routing import Routing, collect, dispatch, route
+from jhessians.capture.shards import weight
 from jhessians.capture.taps import product
 from jhessians.models.config import DecoderConfig, ExpertsConfig
 from jhessians.models.layers import PRODUCT, Linear, at_least_float32, per_feature
@@ -34,6 +35,7 @@ class ExpertLinear(Tapped):
     """
 
     suffix = ".{expert}"
+    tables = ("kernel",)
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class ExpertLinear(Tapped):
 
     def __call__(self, rows: Float[Array, "r i"], routing: Routing) -> Float[Array, "r o"]:
         """Each row's product with its expert's kernel, and its expert's bias."""
-        kernel = self.kernel[...]
+        kernel = weight(self.kernel)
         if self.tape is None:
             y = product(rows, kernel, routing)
         else:
@@ -61,7 +63,7 @@ class ExpertLinear(Tapped):
         y = checkpoint_name(y, PRODUCT)
         if self.bias is None:
             return y
-        experts = jnp.arange(len(kernel))
+        experts = jnp.arange(len(routing.counts))
         expert = jnp.repeat(experts, routing.sizes, total_repeat_length=len(rows))
         return y + self.bias[...][expert]
 

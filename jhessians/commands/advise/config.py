@@ -75,6 +75,10 @@ class _AdviceOptions:
         group=MACHINE, value_type="integer", metavar="N", unit="devices", minimum=1,
         default_text="all devices",
     )  # fmt: skip
+    mesh: str | None = option(
+        None, "How the devices are arranged: sizes of axes, as of `compute --help`.",
+        group=MACHINE, metavar="AXES", default_text="short axes that follow the devices' wiring",
+    )  # fmt: skip
     json: str | None = option(
         None, "Write all numbers, module by module, to this file.",
         group=OUTPUT, metavar="PATH", default_text="no file",
@@ -132,7 +136,8 @@ class AdviseConfig(ConsoleOptions, HostOptions, _RunOptions, _AdviceOptions):
         if self.dataset is not None:
             options.pop("subset", None)  # the other data set's
         options |= given(self, _OF_THE_RUN)
-        options |= {"world_size": self.world_size, "run_path": self.run, "profile_trace": None}
+        options |= {"world_size": self.world_size, "mesh": self.mesh, "run_path": self.run}
+        options["profile_trace"] = None
         found = ComputeConfig.from_dict(options, where=self.run)
         if not found.chosen.factored:
             raise ConfigError(

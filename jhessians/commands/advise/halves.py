@@ -85,7 +85,7 @@ def examine(config: AdviseConfig, store: FactorStore, progress: Progress) -> Exa
         UserError: If model or data can't be read, or aren't those of the run.
     """
     fit = config.fit
-    mesh = make_mesh(fit.world_size)
+    mesh = make_mesh(fit.world_size, axes=fit.mesh)
     require_supported(fit.matmul_precision, jax.local_devices()[0])
     inputs = read_inputs(fit, mesh, progress, token_batch_size=fit.token_batch_size)
     data, whole = inputs.batches.documents, inputs.batches

@@ -68,7 +68,7 @@ def compute(config: ComputeConfig, *, into: Path | None = None) -> Summary:
         UserError: If the input is wrong in any of the ways that `jhessians.errors` knows.
     """
     first = join_hosts(config, "compute")
-    mesh = make_mesh(config.world_size)
+    mesh = make_mesh(config.world_size, axes=config.mesh)
     require_supported(config.matmul_precision, jax.local_devices()[0])
     with ExitStack() as stack:
         with together():

@@ -139,6 +139,10 @@ class _QuerySetOptions:
         group=MACHINE, value_type="integer", metavar="N", unit="devices", minimum=1,
         default_text="all devices",
     )  # fmt: skip
+    mesh: str | None = option(
+        None, "How the devices are arranged: sizes of axes, as of `compute --help`.",
+        group=MACHINE, metavar="AXES", default_text="short axes that follow the devices' wiring",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ class ScoreConfig(
             options.pop("revision", None)  # the other model's
         options |= given(self, _OF_THE_RUN)
         options |= {"fisher_type": None, "use_dataset_labels": True, "mc_samples": 1,
-                    "world_size": self.world_size, "run_path": self.run_path,
+                    "world_size": self.world_size, "mesh": self.mesh, "run_path": self.run_path,
                     "profile_trace": self.profile_trace}  # fmt: skip
         return ComputeConfig.from_dict(options, where=f"{self.hessian or 'the command line'}")
 
@@ -228,7 +232,7 @@ def _check_queries(config: ScoreConfig, *, is_demo: bool) -> None:
     """
     if config.self:
         names = [each.name for each in options_of(_QuerySetOptions)] + list(names_of(_QueryOptions))
-        apart = {"hessian", "world_size"}
+        apart = {"hessian", "world_size", "mesh"}
         for each in options_of(type(config)):
             if each.name in names and each.name not in apart:
                 if getattr(config, each.name) != each.default:

@@ -59,7 +59,7 @@ def score(config: ScoreConfig) -> str | None:
         UserError: If the input is wrong in any of the ways that `jhessians.errors` knows.
     """
     first = join_hosts(config, "score")
-    mesh = make_mesh(config.world_size)
+    mesh = make_mesh(config.world_size, axes=config.mesh)
     names = {each.name for each in options_of(type(config))}
     with ExitStack() as stack:
         with together():
@@ -114,8 +114,8 @@ def _fitted_demo(config: ScoreConfig, part: Path) -> str:
         return str(part / HESSIAN)
     fit = ComputeConfig(
         run_path=str(Path(config.run_path) / HESSIAN), method="ekfac", layout="bergson",
-        world_size=config.world_size, quiet=config.quiet, debug=config.debug,
-        overwrite=True, checkpoint_minutes=0,
+        world_size=config.world_size, mesh=config.mesh, fsdp=bool(config.fsdp),
+        quiet=config.quiet, debug=config.debug, overwrite=True, checkpoint_minutes=0,
     )  # fmt: skip
     compute(fit, into=part / HESSIAN)
     return str(part / HESSIAN)
