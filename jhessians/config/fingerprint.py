@@ -14,7 +14,7 @@ from typing import Any
 from jhessians.errors import ConfigError
 from jhessians.files import read_json
 
-VERSION = 1
+VERSION = 2
 """Of what is saved: states of another version can't be read."""
 
 NOT_NUMBERS = frozenset({

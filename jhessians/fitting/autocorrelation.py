@@ -83,14 +83,10 @@ def fit_autocorrelations(
     with progress.stage("Eigendecompositions", len(matrices), "matrices") as stage:
         result = Autocorrelations({}, {})
 
-        def task(matrix: _Matrix) -> Task:
-            def read() -> Float[np.ndarray, "d d"]:
-                total = matrix.read(statistics).astype(np.float64)
-                result.hessians[matrix.name] = ((total + total.T) / (2 * count)).astype(STORED)
-                return total
-
-            name = f"the autocorrelation of {matrix.name}"
-            return Task(name, matrix.size, count, read)
+        def read(matrix: _Matrix) -> Float[np.ndarray, "d d"]:
+            total = matrix.read(statistics).astype(np.float64)
+            result.hessians[matrix.name] = ((total + total.T) / (2 * count)).astype(STORED)
+            return total
 
         series = kept.series("eigenpairs")
         found: list[tuple[np.ndarray, np.ndarray]] = []
@@ -98,8 +94,10 @@ def fit_autocorrelations(
             found = saved.arrays
             stage.advance(len(found))
             for matrix in matrices[: len(found)]:
-                task(matrix).read()
-        for pair in decompose([task(matrix) for matrix in matrices[len(found) :]], STORED):
+                read(matrix)
+        rest = matrices[len(found) :]
+        tasks = [Task(f"the autocorrelation of {each.name}", each.size, count) for each in rest]
+        for pair in decompose(tasks, lambda number: read(rest[number]), STORED):
             found.append((pair.values, pair.vectors))
             stage.advance()
             if series.due():

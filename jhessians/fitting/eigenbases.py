@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class Matrix(NamedTuple):
         return f"the {self.side} covariance of {self.site.module_names()[self.slot or 0]}"
 
     def read(self, statistics: Statistics) -> np.ndarray:
-        """Bring the matrix to the host; with several hosts, all of them call this.
+        """Bring the matrix to every host; with several hosts, all of them call this.
 
         Args:
             statistics: Packed factors, as a `FactorFold` sums them.
@@ -47,9 +47,20 @@ class Matrix(NamedTuple):
         Returns:
             The whole symmetric matrix, [d, d].
         """
-        blocks = statistics[self.site.name][self.side]
         take = (lambda x: x) if self.slot is None else (lambda x: x[self.slot])
-        return unpack([fetch(block, take) for block in blocks], self.dimension)
+        return unpack((fetch(block, take) for block in self.stacks(statistics)), self.dimension)
+
+    def stacks(self, statistics: Statistics) -> tuple[Array, ...]:
+        """The packed arrays that hold it, those of the whole stack.
+
+        Args:
+            statistics: As for `read`.
+
+        Returns:
+            Its blocks, [layer, row, column] in stacks, else [row, column].
+        """
+        blocks: tuple[Array, ...] = statistics[self.site.name][self.side]
+        return blocks
 
 
 def covariance_matrices(sites: Mapping[str, Site]) -> list[Matrix]:
@@ -69,6 +80,18 @@ def covariance_matrices(sites: Mapping[str, Site]) -> list[Matrix]:
         if side == "gradient" or site.owns_input
         for slot in site.slots
     ]
+
+
+def in_order(sites: Mapping[str, Site]) -> list[Matrix]:
+    """All matrices in the order in which they are decomposed, the largest first.
+
+    Args:
+        sites: The linears.
+
+    Returns:
+        As from `covariance_matrices`; those of one stack follow one another.
+    """
+    return sorted(covariance_matrices(sites), key=lambda matrix: -matrix.dimension)
 
 
 @dataclass(frozen=True)
@@ -144,10 +167,14 @@ def place_rows(array: np.ndarray, mesh: Mesh | None, *, axis: int) -> Array:
     """
     if mesh is None:
         return jnp.asarray(array)
-    width = [(0, 0)] * array.ndim
-    width[axis] = (0, -array.shape[axis] % mesh.size)
-    padded = np.pad(array, width)
+    shape = list(array.shape)
+    shape[axis] += -shape[axis] % mesh.size
     spec = P(*[None] * axis, axis_names(mesh))
-    return jax.make_array_from_callback(
-        padded.shape, NamedSharding(mesh, spec), lambda index: padded[index]
-    )
+
+    def rows(index: Any) -> np.ndarray:
+        found = array[index]
+        width = [(0, 0)] * array.ndim
+        width[axis] = (0, len(range(*index[axis].indices(shape[axis]))) - found.shape[axis])
+        return np.pad(found, width) if any(width[axis]) else found
+
+    return jax.make_array_from_callback(tuple(shape), NamedSharding(mesh, spec), rows)

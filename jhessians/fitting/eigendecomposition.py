@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jhessians.capture.problem import Problem
@@ -16,15 +17,12 @@ from jhessians.fitting.eigenbases import (
     TermCounts,
     covariance_matrices,
     eigenvector_shapes,
-    place_rows,
+    in_order,
 )
-from jhessians.fitting.eigensolver import Task, decompose
+from jhessians.fitting.eigensolver import Round, Task, everyones_values, rounds, solve_rounds
 from jhessians.fitting.grace import Terminated, at_once
-from jhessians.linalg.eigen import Eigen
+from jhessians.fitting.moving import bring, keep, spread
 from jhessians.typing import DTypeLike, PyTree
-
-Stacks = dict[tuple[str, str], Eigen]
-"""Eigenpairs on the host, by site and side, of stacks that aren't complete."""
 
 
 class SavedBases(NamedTuple):
@@ -33,14 +31,12 @@ class SavedBases(NamedTuple):
     Attributes:
         done: How many matrices' there are, from the first of `in_order` on.
         terms: How many terms were summed.
-        bases: Those that are complete.
-        stacks: Those that aren't.
+        bases: Theirs; a stack has zeros for those that don't exist yet.
     """
 
     done: int
     terms: TermCounts
     bases: Eigenbases
-    stacks: Stacks
 
 
 def eigendecompose_covariances(
@@ -73,64 +69,45 @@ def eigendecompose_covariances(
     """
     kept = kept or Series()
     order = in_order(problem.sites)
-    done, _, bases, stacks = saved or SavedBases(0, terms, Eigenbases({}, {}), {})
+    done, _, bases = saved or SavedBases(0, terms, Eigenbases({}, {}))
     if done:
         advance(done)
-    pending = Counter(map(_key, order[done:]))
+    unread = Counter(map(_key, order[done:]))
     for matrix in order[:done]:
-        if not pending[_key(matrix)]:
+        if not unread[_key(matrix)]:
             statistics[matrix.site.name].pop(matrix.side, None)
-    unread = pending.copy()
+    rest = order[done:]
+    tasks = [Task(each.name, each.dimension, terms.of(each.site, each.slot)) for each in rest]
 
-    def task(matrix: Matrix) -> Task:
-        def read() -> np.ndarray:
-            whole, key = matrix.read(statistics), _key(matrix)
-            unread[key] -= 1
-            if not unread[key]:
-                del statistics[matrix.site.name][matrix.side]
-            return whole
+    def matrices(among: Round) -> dict[int, Matrix]:
+        return {host: rest[number] for number, _, host in among}
 
-        return Task(matrix.name, matrix.dimension, terms.of(matrix.site, matrix.slot), read)
+    def read(among: Round) -> np.ndarray | None:
+        whole = bring(matrices(among), statistics, problem)
+        for site, side in map(_key, matrices(among).values()):
+            unread[site, side] -= 1
+            if not unread[site, side]:
+                del statistics[site][side]
+        return whole
 
-    pairs = decompose([task(matrix) for matrix in order[done:]], dtype)
-    for matrix in order[done:]:
+    pairs = solve_rounds(rounds(tasks, problem.hosts), read, dtype, problem.hosts)
+    while done < len(order):
         try:
             # One host may end while it waits: what it has is saved here.
             with at_once() if problem.hosts == 1 else nullcontext():
-                pair = next(pairs)
+                among, pair = next(pairs)
         except Terminated:
-            kept.save(_position(done, terms), _arrays(bases, stacks))
+            kept.save(_position(done, terms), _as_it_is(bases))
             raise
-        site, side, slot = matrix
-        key = _key(matrix)
-        if slot is None:
-            stacks[key] = pair
-        else:
-            stack = stacks.setdefault(key, _empty_stack(len(site.members or ()), *pair))
-            stack.values[slot], stack.vectors[slot] = pair
-        pending[key] -= 1
-        if not pending[key]:
-            ready = stacks.pop(key)
-            bases.values.setdefault(site.name, {})[side] = ready.values
-            rows = place_rows(ready.vectors, problem.mesh, axis=ready.vectors.ndim - 2)
-            bases.vectors.setdefault(site.name, {})[side] = rows
-        done += 1
-        advance(1)
+        values = everyones_values(among, pair, dtype, problem.hosts)
+        vectors = spread(matrices(among), None if pair is None else pair.vectors, dtype, problem)
+        for own, (host, matrix) in zip(values, matrices(among).items(), strict=True):
+            keep(bases, matrix, own, vectors[host], problem.mesh)
+        done += len(among)
+        advance(len(among))
         if done < len(order) and kept.due():
-            kept.save(_position(done, terms), _arrays(bases, stacks))
+            kept.save(_position(done, terms), _as_it_is(bases))
     return bases
-
-
-def in_order(sites: Mapping[str, Site]) -> list[Matrix]:
-    """All matrices in the order in which they are decomposed, the largest first.
-
-    Args:
-        sites: The linears.
-
-    Returns:
-        As from `covariance_matrices`.
-    """
-    return sorted(covariance_matrices(sites), key=lambda matrix: -matrix.dimension)
 
 
 def load_eigenbases(
@@ -152,23 +129,17 @@ def load_eigenbases(
 
     def like(position: Mapping[str, Any]) -> PyTree[Any]:
         bases: Any = Eigenbases({}, {})
-        stacks: dict[tuple[str, str], Any] = {}
-        rest = set(map(_key, order[position["matrices"] :]))
         for name, side in map(_key, order[: position["matrices"]]):
-            if (name, side) in rest:
-                stacks[name, side] = (on_host, on_host)
-            else:
-                bases.vectors.setdefault(name, {})[side] = shapes[name][side]
-                bases.values.setdefault(name, {})[side] = on_host
-        return bases, stacks
+            bases.vectors.setdefault(name, {})[side] = shapes[name][side]
+            bases.values.setdefault(name, {})[side] = on_host
+        return bases
 
     saved = kept.load(like)
     if saved is None:
         return None
     routed = {name: np.array(each) for name, each in saved.position["routed"].items()}
-    bases, stacks = saved.arrays
-    stacks = {key: Eigen(*pair) for key, pair in stacks.items()}
-    return SavedBases(saved.position["matrices"], TermCounts(total, routed), bases, stacks)
+    bases = _as_it_is(saved.arrays)
+    return SavedBases(saved.position["matrices"], TermCounts(total, routed), bases)
 
 
 def finish_eigenbases(
@@ -182,21 +153,17 @@ def finish_eigenbases(
         sites: The linears.
         kept: Where to.
     """
-    kept.finish(_position(len(covariance_matrices(sites)), terms), _arrays(bases, {}))
+    kept.finish(_position(len(covariance_matrices(sites)), terms), bases)
 
 
 def _position(done: int, terms: TermCounts) -> dict[str, Any]:
     return {"matrices": done, "routed": {name: x.tolist() for name, x in terms.routed.items()}}
 
 
-def _arrays(bases: Eigenbases, stacks: Stacks) -> PyTree[Any]:
-    """What is saved of eigenpairs, as one tree."""
-    return bases, {key: tuple(pair) for key, pair in stacks.items()}
+def _as_it_is(bases: Eigenbases) -> Eigenbases:
+    """The same with eigenvalues that nobody writes to when more of them come."""
+    return bases._replace(values=jax.tree.map(np.copy, bases.values))
 
 
 def _key(matrix: Matrix) -> tuple[str, str]:
     return matrix.site.name, matrix.side
-
-
-def _empty_stack(layers: int, *entries: np.ndarray) -> Eigen:
-    return Eigen(*(np.empty((layers, *x.shape), x.dtype) for x in entries))

@@ -6,12 +6,16 @@ for, and modules that share an input share its arrays.
 
 from collections.abc import Iterator, Mapping
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
 from jhessians.capture.site import Site, Statistics
 from jhessians.fitting.eigenbases import Eigenbases, Matrix, TermCounts
-from jhessians.interop.tensors import ArrayRows, ScaledRows, TensorRows
+from jhessians.interop.shards import BLOCK_BYTES
+from jhessians.interop.tensors import ArrayRows, ScaledRows, TensorRows, no_rows
+from jhessians.linalg.symmetric import unpack
+from jhessians.typing import Array
 
 Kinds = dict[str, dict[str, TensorRows]]
 """Kind of factor → module's full name → its tensor, of which rows can be asked for."""
@@ -140,13 +144,37 @@ class _Covariance:
     def shape(self) -> tuple[int, int]:
         return (self._matrix.dimension, self._matrix.dimension)
 
-    def rows(self, start: int, stop: int) -> Float[np.ndarray, "r d"]:
+    def rows(self, start: int, stop: int, *, everywhere: bool = True) -> Float[np.ndarray, "r d"]:
         if self._whole is None:
-            self._whole = self._matrix.read(self._statistics)
+            self._whole = self._read(everywhere)
         rows = self._whole[start:stop]
         if stop == self._matrix.dimension:
             self._whole = None  # requests come in order: these were the last rows
         return rows
+
+    def _read(self, everywhere: bool) -> Float[np.ndarray, "d d"]:
+        d = self._matrix.dimension
+        if everywhere or jax.process_count() == 1:
+            return self._matrix.read(self._statistics)
+        blocks = map(self._on_first_host, self._matrix.stacks(self._statistics))
+        if jax.process_index() == 0:
+            return unpack(blocks, d)
+        dtypes = {block.dtype for block in blocks}
+        return no_rows((d, d), dtypes.pop())
+
+    def _on_first_host(self, stack: Array) -> Float[np.ndarray, "r c"]:
+        """A block, of which some rows at a time come to the first host; zeros on others."""
+        slot = self._matrix.slot
+        source = ArrayRows(stack, index=() if slot is None else slot)
+        count, columns = source.shape
+        first = jax.process_index() == 0
+        whole = np.empty(source.shape, stack.dtype) if first else no_rows(source.shape, stack.dtype)
+        step = max(1, BLOCK_BYTES // (4 * columns))
+        for start in range(0, count, step):
+            rows = source.rows(start, min(start + step, count), everywhere=False)
+            if first:
+                whole[start : start + step] = rows
+        return whole
 
 
 class _Outer:
@@ -156,5 +184,5 @@ class _Outer:
         self._gradient, self._activation = gradient, activation
         self.shape = (len(gradient), len(activation))
 
-    def rows(self, start: int, stop: int) -> Float[np.ndarray, "r i"]:
+    def rows(self, start: int, stop: int, *, everywhere: bool = True) -> Float[np.ndarray, "r i"]:
         return np.outer(self._gradient[start:stop], self._activation)

@@ -1,6 +1,7 @@
 """What statistics and eigendecompositions take of the memory that is free."""
 
-import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from jhessians.capture.site import Site
 from jhessians.devices.memory import fewest_of_hosts, free_on_host
@@ -16,18 +17,77 @@ SHARE = 0.5
 """Of a host's free memory, what eigendecompositions may take that go on side by side."""
 
 
-def factor_numbers(site: Site) -> int:
-    """Numbers in a linear's covariances, their eigenvectors and its corrected eigenvalues.
+class StageBytes(NamedTuple):
+    """Bytes that a fit's arrays take on each device, by stage; activations and weights come on top.
+
+    Attributes:
+        covariances: In the first pass: packed sums.
+        between: In the eigendecompositions, at the moment of most: the sums that are still to be
+            read, the eigenvectors that are there, and the matrices on their way.
+        correction: In the second pass: eigenvectors, and sums of squares in their bases.
+    """
+
+    covariances: int
+    between: int
+    correction: int
+
+
+def stage_bytes(
+    sites: Iterable[Site], itemsize: int, *, devices: int = 1, hosts: int = 1
+) -> StageBytes:
+    """What covariances, eigenvectors and corrected eigenvalues take, by stage.
 
     Args:
-        site: The linear; in a stack, one of its linears is counted.
+        sites: The linears, which are fitted at once.
+        itemsize: Bytes of a number.
+        devices: Over which rows are spread, of all hosts.
+        hosts: Between which matrices move to be decomposed.
 
     Returns:
-        How many numbers, without an activation side that another linear keeps.
+        Bytes on each device.
     """
-    sides = [site.out_features, *([site.inputs] if site.owns_input else [])]
-    factors = sum(d * d + sum(math.prod(shape) for shape in packed_shapes(d)) for d in sides)
-    return factors + site.out_features * site.inputs
+    return counted_stage_bytes(
+        ((site, len(site.slots)) for site in sites), itemsize, devices=devices, hosts=hosts
+    )
+
+
+def counted_stage_bytes(
+    counted: Iterable[tuple[Site, int]], itemsize: int, *, devices: int, hosts: int
+) -> StageBytes:
+    """As `stage_bytes`, of some members of each stack.
+
+    Args:
+        counted: Linears, each with how many of its members there are.
+        itemsize: Bytes of a number.
+        devices: Over which rows are spread.
+        hosts: Between which matrices move.
+
+    Returns:
+        Bytes on each device.
+    """
+
+    def spread(*shapes: tuple[int, int]) -> int:
+        return sum(-(-rows // devices) * columns for rows, columns in shapes) * itemsize
+
+    stacks: list[tuple[int, int]] = []
+    squares = 0
+    for site, members in counted:
+        sides = [site.out_features, *([site.inputs] if site.owns_input else [])]
+        stacks += [(d, members) for d in sides]
+        squares += members * spread((site.out_features, site.inputs))
+    remaining = covariances = sum(n * spread(*packed_shapes(d)) for d, n in stacks)
+    vectors, most = 0, covariances
+    for d, members in sorted(stacks, reverse=True):  # the largest are decomposed first
+        vectors += members * spread((d, d))
+        most = max(most, remaining + vectors + _moving(d, itemsize, devices, hosts))
+        remaining -= members * spread(*packed_shapes(d))
+    return StageBytes(covariances, most, vectors + squares)
+
+
+def _moving(d: int, itemsize: int, devices: int, hosts: int) -> int:
+    """Bytes on a device of matrices on their way to or from a host: sent, received, and in rows."""
+    whole = d * d * itemsize * hosts // devices
+    return 3 * whole if hosts > 1 else whole
 
 
 def gram_numbers(site: Site, projection_dim: int) -> int:

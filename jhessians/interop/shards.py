@@ -1,8 +1,8 @@
 """Write row-sharded safetensors with one block of rows in memory, however large a tensor is.
 
 All shards are opened at once and get their headers. Then blocks of rows are fetched from the
-devices one after the other, and each is appended to its shard. In a run of several processes all
-of them fetch, and process 0 writes.
+devices one after the other, and each is appended to its shard. In a run of several processes
+process 0 writes, and it alone receives the rows that the others' devices hold.
 
 References:
     safetensors' format: 8 bytes little-endian header length, JSON header, then the tensors.
@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
+from jhessians.devices.hosts import together
 from jhessians.errors import NumericsError
 from jhessians.interop.layout import DTYPES, RUN_ID, shard_bounds, shard_name
 from jhessians.interop.rundir import output_error
@@ -81,19 +82,26 @@ def write_sharded(
     ]
     headers = [_header(shapes, each, target, run_id) for each in ranges]
     paths = [folder / shard_name(shard) for shard in range(shards)]
-    blocks = _blocks(folder.name, tensors, ranges, target, block_bytes)
+    blocks = _blocks(tensors, ranges, block_bytes)
     failure: OSError | None = None
-    if jax.process_index() == 0:
-        try:
-            if fresh:
-                _make_empty(folder)
-            _write_files(paths, headers, blocks, fresh=fresh, whole=among is None)
-        except OSError as error:
-            failure = error
-    if jax.process_count() > 1:
-        # Fetching needs all processes, so one that can't write still fetches for the others.
-        for _ in blocks:
-            pass
+    with together():
+        wrong: NumericsError | None = None
+        if jax.process_index() == 0:
+            try:
+                if fresh:
+                    _make_empty(folder)
+                converted = _converted(blocks, target, folder.name)
+                _write_files(paths, headers, converted, fresh=fresh, whole=among is None)
+            except OSError as error:
+                failure = error
+            except NumericsError as error:
+                wrong = error
+        if jax.process_count() > 1:
+            # Sending needs all processes: also for what this one can't write, and doesn't look at.
+            for _ in blocks:
+                pass
+        if wrong is not None:
+            raise wrong
     raise_together(failure, folder)
 
 
@@ -132,44 +140,47 @@ def raise_together(failure: OSError | None, path: Path) -> None:
         raise output_error(failure, path) from failure
 
 
+Block = tuple[int, str, Shaped[np.ndarray, "..."]]
+"""Number of a shard, name of a module, and some of its rows."""
+
+
 def _blocks(
-    folder: str,
-    tensors: Mapping[str, TensorRows],
-    ranges: Sequence[Ranges],
-    target: np.dtype,
-    block_bytes: int,
-) -> Iterator[tuple[int, str, Shaped[np.ndarray, "..."]]]:
-    """Shard, module and rows of each block, checked and in the number format on disk.
+    tensors: Mapping[str, TensorRows], ranges: Sequence[Ranges], block_bytes: int
+) -> Iterator[Block]:
+    """All rows, on the process that writes.
 
     All blocks of a module follow one another, so that a source which has to make its whole tensor
     does so once.
 
     Yields:
-        Number of the shard, name of the module, and the rows themselves.
+        Each block; elsewhere zeros may stand for its rows.
     """
     for module, source in tensors.items():
         step = max(1, block_bytes // max(1, 4 * math.prod(source.shape[1:])))
         for shard, each in enumerate(ranges):
             start, stop = each[module]
             for first in range(start, stop, step):
-                block = source.rows(first, min(first + step, stop))
-                yield shard, module, _converted(block, target, f"{module} in {folder}")
+                last = min(first + step, stop)
+                yield shard, module, source.rows(first, last, everywhere=False)
 
 
-def _converted(block: np.ndarray, target: np.dtype, where: str) -> np.ndarray:
-    if not np.isfinite(block).all():
-        raise NumericsError(
-            f"{where} holds NaN or infinity; expected finite numbers; "
-            "check the model and data, or compute in fp32"
-        )
-    with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(block, dtype=target)
-    if cast is not block and not np.isfinite(cast).all():
-        raise NumericsError(
-            f"{where} holds {float(np.abs(block).max()):.3g}, beyond {target.name}'s range; "
-            "expected numbers that fit; use hessian_dtype fp32 or bf16"
-        )
-    return cast
+def _converted(blocks: Iterable[Block], target: np.dtype, folder: str) -> Iterator[Block]:
+    """The blocks, checked and in the number format on disk."""
+    for shard, module, block in blocks:
+        where = f"{module} in {folder}"
+        if not np.isfinite(block).all():
+            raise NumericsError(
+                f"{where} holds NaN or infinity; expected finite numbers; "
+                "check the model and data, or compute in fp32"
+            )
+        with np.errstate(over="ignore"):
+            cast = np.ascontiguousarray(block, dtype=target)
+        if cast is not block and not np.isfinite(cast).all():
+            raise NumericsError(
+                f"{where} holds {float(np.abs(block).max()):.3g}, beyond {target.name}'s range; "
+                "expected numbers that fit; use hessian_dtype fp32 or bf16"
+            )
+        yield shard, module, cast
 
 
 def _header(
@@ -186,7 +197,7 @@ def _header(
 def _write_files(
     paths: Sequence[Path],
     headers: Sequence[tuple[bytes, Mapping[str, int]]],
-    blocks: Iterable[tuple[int, str, Shaped[np.ndarray, "..."]]],
+    blocks: Iterable[Block],
     *,
     fresh: bool,
     whole: bool,

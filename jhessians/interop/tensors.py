@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from jhessians.devices.exchange import Exchange, mesh_of_rows
 from jhessians.devices.mesh import in_host_memory
 
 Window = tuple[slice, ...]
@@ -26,10 +27,16 @@ class TensorRows(Protocol):
         """Shape without padding."""
         ...
 
-    def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "..."]:
+    def rows(self, start: int, stop: int, *, everywhere: bool = True) -> Shaped[np.ndarray, "..."]:
         """Rows [start, stop) on the host.
 
         In a run of several processes every process calls this in the same order.
+
+        Args:
+            start: The first row.
+            stop: One more than the last.
+            everywhere: Whether every process needs them; otherwise only the first one is sure to
+                get them, and others may get zeros.
         """
         ...
 
@@ -67,7 +74,7 @@ class ArrayRows:
                 f"no entry {self._index} of shape {self.shape} in an array of {array.shape}"
             )
 
-    def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "..."]:
+    def rows(self, start: int, stop: int, *, everywhere: bool = True) -> Shaped[np.ndarray, "..."]:
         """Rows [start, stop), [stop − start, *shape[1:]], in the array's own dtype."""
         window = (
             *(slice(i, i + 1) for i in self._index),
@@ -79,7 +86,7 @@ class ArrayRows:
         elif self._array.is_fully_addressable:
             block = _fetch_local(self._array, window)
         else:
-            block = _fetch_global(self._array, window, len(self._index))
+            block = _fetch_global(self._array, window, len(self._index), everywhere)
         return block.reshape(stop - start, *self.shape[1:])
 
 
@@ -95,9 +102,9 @@ class ScaledRows:
         """Shape of the scaled source."""
         return self._source.shape
 
-    def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "..."]:
+    def rows(self, start: int, stop: int, *, everywhere: bool = True) -> Shaped[np.ndarray, "..."]:
         """Rows [start, stop), scaled."""
-        block = self._source.rows(start, stop)
+        block = self._source.rows(start, stop, everywhere=everywhere)
         wide = np.promote_types(block.dtype, np.float32)
         return np.multiply(block, wide.type(self._scale), dtype=wide)
 
@@ -137,20 +144,32 @@ def _fetch_local(array: Array, window: Window) -> np.ndarray:
     return out
 
 
-def _fetch_global(array: Array, window: Window, indexed: int) -> np.ndarray:
+def _fetch_global(array: Array, window: Window, indexed: int, everywhere: bool) -> np.ndarray:
     """`array[window]` of an array that several processes hold; all of them call this.
 
     First the stack's entry is taken, for which no device needs another one's data; then the rows,
     with static bounds, so that XLA moves these rows and not the whole array.
 
     Returns:
-        The window, the same on every process.
+        The window: on every process, or else on the first one, and zeros on others.
     """
     from jax.experimental import multihost_utils
 
     entry = _take_entry(array, tuple(np.int32(w.start) for w in window[:indexed]))
+    start, stop = window[indexed].start, window[indexed].stop
+    mesh = None if everywhere or start == stop else mesh_of_rows(array, axis=indexed)
+    if mesh is not None:
+        block = Exchange(mesh).bring_rows(entry, start, stop)
+        if block is None:
+            return no_rows(tuple(w.stop - w.start for w in window[indexed:]), array.dtype)
+        return block[(slice(None), *window[indexed + 1 :])]
     rows = _take_window(entry, tuple((w.start, w.stop) for w in window[indexed:]))
     return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
+def no_rows(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    """Zeros that take no memory, in place of rows that another process gets."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 @jax.jit

@@ -82,14 +82,18 @@ class FactoredMethod(Method):
                 kept.finish()
         destination.write_totals(corrected=run.correct_eigenvalues, include_bias=run.include_bias)
 
-    def flop(self, work: arithmetic.Work, options: Any) -> dict[str, float]:
-        """Of the passes for the factors and for the eigenvalue correction."""
+    def shares_inputs(self, options: Any) -> bool:
+        """As its fold says."""
         import numpy as np
 
+        return self.fold(options, np.dtype(np.float32)).shares_inputs
+
+    def flop(self, work: arithmetic.Work, options: Any) -> dict[str, float]:
+        """Of the passes for the factors and for the eigenvalue correction."""
         from jhessians.capture.sites import unshared
 
         rotated = work
-        if not self.fold(options, np.dtype(np.float32)).shares_inputs:
+        if not self.shares_inputs(options):
             sites: Any = {each.name: each for each in work.linears}
             rotated = replace(work, linears=list(unshared(sites).values()))
         return {
@@ -142,7 +146,9 @@ class FactoredMethod(Method):
     def statistics_bytes(
         self, sites: Mapping[str, Site], options: Any, dtype: np.dtype, *, partitions: int
     ) -> int:
-        """Of the factors of the largest group of linears, their eigenvectors and Λ."""
+        """Of the largest group's covariances, or of its eigenvectors and Λ."""
         from jhessians.fitting.partitions import factor_bytes
 
-        return factor_bytes(sites, partitions, dtype.itemsize)
+        return factor_bytes(
+            sites, partitions, dtype.itemsize, shares_inputs=self.shares_inputs(options)
+        )

@@ -128,6 +128,10 @@ class Method(ABC):
         """
         return {}
 
+    def shares_inputs(self, options: Any) -> bool:
+        """Whether linears that read the same array have one activation matrix."""
+        return True
+
     @abstractmethod
     def flop(self, work: Work, options: Any) -> dict[str, float]:
         """FLOP that each pass needs besides going through the model, by the stage's name."""

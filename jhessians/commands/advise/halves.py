@@ -138,7 +138,10 @@ def _with_activations(
 def _groups(fit: ComputeConfig, problem: Problem, mesh: Mesh | None) -> int:
     if isinstance(fit.module_partitions, str):
         devices = 1 if mesh is None else mesh.size
-        return needed_partitions(problem.sites, sum_dtype(fit).itemsize, devices)
+        return needed_partitions(
+            problem.sites, sum_dtype(fit).itemsize, devices, hosts=problem.hosts,
+            shares_inputs=fit.chosen.shares_inputs(fit.method_options),
+        )  # fmt: skip
     return fit.module_partitions
 
 

@@ -218,7 +218,10 @@ def _settled(
     settled = config.chosen.settled(config.method_options, names)
     partitions, choice = config.module_partitions, config.activations
     if isinstance(partitions, str):
-        partitions = needed_partitions(sites, dtype.itemsize, mesh.size)
+        partitions = needed_partitions(
+            sites, dtype.itemsize, mesh.size, hosts=problem.hosts,
+            shares_inputs=config.chosen.shares_inputs(config.method_options), warn=progress.warn,
+        )  # fmt: skip
     taken = config.chosen.statistics_bytes(
         sites, config.method_options, dtype, partitions=partitions
     )
