@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jhessians.errors import MeshError
@@ -71,7 +71,7 @@ def axis_names(mesh: Mesh) -> tuple[str, ...]:
     return tuple(mesh.axis_names)
 
 
-def mark_sharded(model: nnx.Module, mesh: Mesh, *, stacked: bool = False) -> None:
+def mark_sharded(model: nnx.Module, mesh: Mesh | AbstractMesh, *, stacked: bool = False) -> None:
     """Note in each parameter's metadata along which axis `fsdp` shards it.
 
     That is the longer one of a matrix's two axes, or the other if the devices don't divide it.

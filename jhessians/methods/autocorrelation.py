@@ -150,9 +150,7 @@ class AutocorrelationMethod(Method):
         passes["Grams"] = PlannedPass(problem, fold, operands)
         return passes
 
-    def matrix_sizes(
-        self, sites: Mapping[str, Site], options: AutocorrelationOptions
-    ) -> list[int]:
+    def matrix_sizes(self, sites: Mapping[str, Site], options: AutocorrelationOptions) -> list[int]:
         """Of every Gram."""
         import numpy as np
 

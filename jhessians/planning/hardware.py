@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jhessians.config.units import bytes_in_words
 from jhessians.devices.precision import HIGHEST, MATMUL_PRECISIONS
@@ -118,6 +118,9 @@ DEVICES = {
     )
 }
 
+LONGEST_AXIS = 7
+"""Devices along an axis of a mesh, over more of which XLA sums whole arrays."""
+
 SHARE_OF_MEMORY = 0.92
 """Of a device's memory, what programs get: the rest is the runtime's and lost between buffers."""
 
@@ -140,7 +143,7 @@ def parse_topology(text: str) -> tuple[Device, tuple[int, ...]]:
     kinds = [each.name for each in DEVICES.values() if each.platform == "tpu"]
     if found is None or found["kind"] not in kinds:
         raise ConfigError(
-            f"--topology {text!r} is none that is known; give one of {', '.join(kinds)} and its "
+            f"`topology` {text!r} is none that is known; give one of {', '.join(kinds)} and its "
             "sides, such as v5e:4x4 or v5p:4x4x4"
         )
     sizes = tuple(int(size) for size in found["sizes"].split("x"))
@@ -148,14 +151,18 @@ def parse_topology(text: str) -> tuple[Device, tuple[int, ...]]:
     largest = 16 if sides == 2 else 64
     if len(sizes) != sides or not all(0 < size <= largest for size in sizes):
         raise ConfigError(
-            f"--topology {text!r} doesn't exist: a slice of {found['kind']} has {sides} sides of 1 "
+            f"`topology` {text!r} doesn't exist: a slice of {found['kind']} has {sides} sides of 1 "
             f"to {largest} chips, such as {found['kind']}:{'x'.join(['4'] * sides)}"
         )
     return DEVICES[found["kind"]], sizes
 
 
-def parse_devices(text: str) -> tuple[Device, int]:
+def parse_devices(text: str, memory: int | None = None) -> tuple[Device, int]:
     """Some devices, such as `8xH100`.
+
+    Args:
+        text: A number and a kind.
+        memory: Bytes of each; by default those that the kind has.
 
     Returns:
         One of them, and how many there are.
@@ -169,10 +176,30 @@ def parse_devices(text: str) -> tuple[Device, int]:
     if found is None or kind.lower() not in known or int(found["count"]) < 1:
         hint = did_you_mean(kind, DEVICES) or f"; there are {', '.join(DEVICES)}"
         raise ConfigError(
-            f"--devices {text!r} is none that is known; give a number and a kind, such as 8xH100"
+            f"`devices` {text!r} is none that is known; give a number and a kind, such as 8xH100"
             f"{hint}"
         )
-    return DEVICES[known[kind.lower()]], int(found["count"])
+    device = DEVICES[known[kind.lower()]]
+    return replace(device, memory=memory or device.memory), int(found["count"])
+
+
+def axes_of(*sides: int) -> tuple[int, ...]:
+    """How the devices of a grid are divided into short axes of a mesh.
+
+    Args:
+        sides: Of the grid, in devices.
+
+    Returns:
+        Axes; together they have all devices.
+    """
+    axes: list[int] = []
+    for side in sides:
+        while side > LONGEST_AXIS:
+            factor = next((f for f in range(LONGEST_AXIS, 1, -1) if side % f == 0), side)
+            axes.append(factor)
+            side //= factor
+        axes.append(side)
+    return tuple(size for size in axes if size > 1) or (1,)
 
 
 def parse_memory(text: str) -> int:
@@ -186,7 +213,7 @@ def parse_memory(text: str) -> int:
     """
     found = _MEMORY.fullmatch(text.strip())
     if found is None or not float(found["number"]):
-        raise ConfigError(f"--memory {text!r} is no size; give one such as 24GB or 16GiB")
+        raise ConfigError(f"`memory` {text!r} is no size; give one such as 24GB or 16GiB")
     return int(float(found["number"]) * (GB if found["unit"].lower() == "gb" else GIB))
 
 

@@ -128,9 +128,9 @@ class _Walk:
             if stored or each.name in VIEWS:
                 self.last.update(dict.fromkeys(read, number))
         end = len(self.program.operations)
-        for array in self.program.results:
-            if array is not None:
-                self.last.update(dict.fromkeys(self.sources[array], end))
+        for result in self.program.results:
+            if result is not None:
+                self.last.update(dict.fromkeys(self.sources[result], end))
         self.last.update(dict.fromkeys(self.kept, end))
 
     def _buffer(self, array: int) -> int:
@@ -155,7 +155,6 @@ class _Walk:
         if each.name in MADE and each.name != "cond":
             return []
         return [(array, [x for found in lies_in for x in found]) for array in each.writes]
-
 
     def _inside(self, each: Operation) -> int:
         """What a loop or a branch takes besides what it reads and returns."""
