@@ -141,13 +141,13 @@ class AutocorrelationMethod(Method):
         estimated = options.normalizer != "none" and options.optimizer_state is None
         if estimated:
             moments = SecondMoment(factored=factored, dtype=dtype)
-            passes["Normalizers"] = PlannedPass(problem, moments, {})
+            passes["Normalizers"] = PlannedPass(problem, moments, {}, dtype)
         fold = JointGram(rows) if joint else Gram(rows)
         normalizer = "none"
         if estimated or options.optimizer_state is not None:
             normalizer = "adafactor" if factored else "adam"
         operands = row_operand_shapes(problem, rows, joint=joint, normalizer=normalizer)
-        passes["Grams"] = PlannedPass(problem, fold, operands)
+        passes["Grams"] = PlannedPass(problem, fold, operands, dtype)
         return passes
 
     def matrix_sizes(self, sites: Mapping[str, Site], options: AutocorrelationOptions) -> list[int]:

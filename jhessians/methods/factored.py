@@ -115,7 +115,7 @@ class FactoredMethod(Method):
         passes = {"Covariances": PlannedPass(problem, fold, {})}
         if correct_eigenvalues:
             vectors = eigenvector_shapes(problem, dtype)
-            correction = PlannedPass(problem, EigenvalueCorrection(dtype), vectors)
+            correction = PlannedPass(problem, EigenvalueCorrection(dtype), vectors, dtype)
             passes["Eigenvalue correction"] = correction
         return passes
 

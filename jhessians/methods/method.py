@@ -33,11 +33,13 @@ class PlannedPass(NamedTuple):
         problem: The linears that it records.
         fold: What is computed at each of them.
         operands: Shapes of what the fold reads besides, by site.
+        dtype: Number format in which the fold multiplies; None for the model's.
     """
 
     problem: Problem
     fold: Fold | JointFold
     operands: Mapping[str, Any]
+    dtype: np.dtype | None = None
 
 
 @dataclass(frozen=True)

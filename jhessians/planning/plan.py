@@ -102,10 +102,9 @@ def pass_stage(
     steps_of_groups: Sequence[Step],
     machines: Machines,
     *,
-    flop: float,
+    work: Sequence[tuple[float, float]],
     steps: int,
     padding_share: float,
-    speed: float,
 ) -> Stage:
     """A pass over the data.
 
@@ -113,10 +112,10 @@ def pass_stage(
         name: Of the stage.
         steps_of_groups: A step on one device, of each group of modules.
         machines: On which.
-        flop: What is needed on all devices, for all groups.
+        work: FLOP that are needed on all devices, for all groups, and FLOP a second at which a
+            device does them, 0 if that isn't known; the model's part and the fold's.
         steps: Of each group's pass.
         padding_share: Of the computed positions.
-        speed: FLOP a second of a device's products; 0 if that isn't known.
 
     Returns:
         Memory of the largest group; traffic and time of all.
@@ -125,9 +124,9 @@ def pass_stage(
     device = machines.device
     sent = steps * sum(step.sent for step in steps_of_groups)
     seconds: dict[str, float] = {}
-    if speed:
-        rate = machines.count * speed * SHARE_OF_PEAK
-        seconds["compute"] = flop / (1 - padding_share) / rate
+    if all(speed for _, speed in work):
+        busy = sum(flop / speed for flop, speed in work) / machines.count
+        seconds["compute"] = busy / SHARE_OF_PEAK / (1 - padding_share)
     if device.bandwidth:
         moved = steps * sum(step.moved for step in steps_of_groups)
         seconds["memory"] = moved / device.bandwidth
@@ -137,4 +136,5 @@ def pass_stage(
     parts = {
         "model": largest.weights, "statistics": largest.statistics, "temporary": largest.temporary,
     }  # fmt: skip
-    return Stage(name, largest.peak, parts, 0, flop, sent, seconds)
+    needed = sum(flop for flop, _ in work)
+    return Stage(name, largest.peak, parts, 0, needed, sent, seconds)

@@ -17,6 +17,7 @@ from jhessians.fitting.eigensolver import seconds_of
 from jhessians.fitting.memory import EIGENDECOMPOSITION, SHARE, StageBytes, stage_bytes
 from jhessians.fitting.partitions import partition, unit_count
 from jhessians.interop.layout import DTYPES
+from jhessians.methods.method import PlannedPass
 from jhessians.planning.hardware import Machines
 from jhessians.planning.plan import Plan, Stage, budget_of, pass_stage
 from jhessians.planning.steps import Step, step_of
@@ -50,19 +51,19 @@ class Planner:
             partitions = self.fewest_partitions(tokens)
         group = self.largest_group(partitions)
         kind = self.settled_activations(group, tokens)
-        steps = self.steps(group, tokens, kind)
+        passes, steps = self.passes(group, kind), self.steps(group, tokens, kind)
         batches = self.fit.batches(tokens, self.machines.count)
         problem = self.fit.problem(None, kind)
         longest = batch_shapes(1, int(self.fit.lengths.max()))
         work, through = gone_through(problem, longest)(self.fit.lengths)
         if kind == "recompute":
             through *= 1 + 1 / (1 + problem.draws)
-        speed = self.machines.device.speed(config.precision, config.matmul_precision)
         stages = [
             pass_stage(
                 name, [steps[name]] * partitions, self.machines,
-                flop=flop + partitions * through, steps=len(batches),
-                padding_share=batches.padding_share, speed=speed,
+                work=[(partitions * through, self._speed(None)),
+                      (flop, self._speed(passes[name].dtype))],
+                steps=len(batches), padding_share=batches.padding_share,
             )
             for name, flop in method.flop(work, config.method_options).items() if name in steps
         ]  # fmt: skip
@@ -132,6 +133,15 @@ class Planner:
         between = self._between(group, steps[0].weights)
         return max(between.device_bytes, *(step.peak for step in steps))
 
+    def passes(self, group: Group, kind: str) -> dict[str, PlannedPass]:
+        """The passes over the data, by the stage's name; arguments are those of `steps`."""
+        config = self.fit.config
+        problem = self.fit.problem(abstract_mesh(self.machines.axes), kind)
+        return config.chosen.passes(
+            replace(problem, sites=group), config.method_options, self.dtype,
+            correct_eigenvalues=config.corrects_eigenvalues,
+        )  # fmt: skip
+
     def steps(self, group: Group, tokens: int, kind: str) -> dict[str, Step]:
         """A step of each pass on one device, of the largest batch.
 
@@ -143,19 +153,13 @@ class Planner:
         Returns:
             By the stage's name.
         """
-        config = self.fit.config
-        problem = self.fit.problem(abstract_mesh(self.machines.axes), kind)
-        passes = config.chosen.passes(
-            replace(problem, sites=group), config.method_options, self.dtype,
-            correct_eigenvalues=config.corrects_eigenvalues,
-        )  # fmt: skip
         batch = batch_shapes(*self._largest_shape(tokens))
         return {
             name: step_of(
                 each.fold, each.problem, batch, operands=each.operands, dtype=self.dtype,
                 platform=self.machines.device.platform,
             )
-            for name, each in passes.items()
+            for name, each in self.passes(group, kind).items()
         }  # fmt: skip
 
     def settled_activations(self, group: Group, tokens: int) -> str:
@@ -181,6 +185,12 @@ class Planner:
         model = weights // count if config.fsdp else weights
         free = budget_of(self.machines) - model - taken // count
         return activations.choose(stored, max(0, free))
+
+    def _speed(self, dtype: np.dtype | None) -> float:
+        """FLOP a second of a device's products; 0 if that isn't known."""
+        config = self.fit.config
+        numbers = config.precision if dtype is None else f"fp{8 * dtype.itemsize}"
+        return self.machines.device.speed(numbers, config.matmul_precision)
 
     @cached_property
     def dtype(self) -> np.dtype:
