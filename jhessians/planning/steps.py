@@ -19,6 +19,10 @@ from jhessians.typing import DTypeLike, PyTree
 
 CPU = "cpu"
 
+GAPS = {CPU: 1.2}
+"""By platform: temporary memory as a multiple of what is alive in it. XLA lays buffers out before a
+program runs, with gaps between them; measured on twenty steps of CPUs, 1.02 to 1.4 times."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -79,11 +83,12 @@ def step_of(
     sizes = [program.bytes_of(each) for each in program.arguments]
     sums, further = (len(jax.tree.leaves(x)) for x in (statistics, operands))
     first = len(sizes) - further - sums  # sums and operands are the last arguments
+    alive = peak_bytes(program, range(first, first + sums), order=order)
     axes = dict(problem.mesh.shape) if problem.mesh else {}
     return Step(
         weights=sum(sizes[:first]),
         statistics=sum(sizes[first:]),
-        temporary=peak_bytes(program, range(first, first + sums), order=order),
+        temporary=int(alive * GAPS.get(platform, 1.0)),
         sent=sent_bytes(program, axes),
         moved=moved_bytes(program),
     )
