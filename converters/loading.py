@@ -230,7 +230,7 @@ def _fill(
     for path, variable in flat.items():
         spec = None if mesh is None else tuple(specs[path].get_value())
         sharding = _sharding(mesh, spec)
-        array = None
+        array: Array | None = None
         here = {
             index: _whole_reader(names, wanted, stored, dtype, variable.shape[-1])
             for index, names in entries[".".join(map(str, path))].items()

@@ -102,7 +102,7 @@ def read_inputs(
         source = converters.hub.find(model_name, config.revision)
         settings = converters.registry.read_config(source.folder)
         shape = converters.decoder_config(settings)
-        tokenizer = _tokenizer(config, model_name)
+        tokenizer = read_tokenizer(config, model_name)
         batches = read_batches(
             data_options(config, dataset_name), tokenizer, shape, mesh,
             token_batch_size=token_batch_size, devices=devices,
@@ -305,7 +305,19 @@ def data_options(config: InputOptions, dataset: str) -> DataOptions:
     )
 
 
-def _tokenizer(config: InputOptions, model_name: str) -> Tokenizer:
+def read_tokenizer(config: InputOptions, model_name: str) -> Tokenizer:
+    """The tokenizer that the options name, or the model's own.
+
+    Args:
+        config: The options.
+        model_name: Whose tokenizer it is, if they name none.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
     name = config.tokenizer or model_name
     revision = None if config.tokenizer else config.revision
     tokenizer = converters.load_tokenizer(name, revision)

@@ -7,6 +7,7 @@ from jhessians.commands.build import BUILD
 from jhessians.commands.compute import COMPUTE
 from jhessians.commands.convert import CONVERT
 from jhessians.commands.mix import MIX
+from jhessians.commands.plan import PLAN
 from jhessians.commands.score import SCORE
 from jhessians.commands.top import TOP
 from jhessians.commands.verify import VERIFY
@@ -15,6 +16,7 @@ COMMANDS = {
     command.name: command
     for command in (
         COMPUTE,
+        PLAN,
         SCORE,
         TOP,
         *evaluate.EVALUATE,

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jhessians.devices.axes import parse_axes, short_factors, size_of
@@ -123,23 +123,25 @@ def _short_axes(grid: np.ndarray) -> np.ndarray:
     return divided.transpose(np.argsort(distance, kind="stable"))
 
 
-def axis_names(mesh: Mesh) -> tuple[str, ...]:
+def axis_names(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """All axes, in the order in which they shard rows."""
     return tuple(mesh.axis_names)
 
 
-def platform_of(mesh: Mesh | None) -> str:
+def platform_of(mesh: Mesh | AbstractMesh | None) -> str:
     """Of the mesh's devices, or of the one that JAX takes by default: cpu, tpu, cuda or rocm."""
+    if isinstance(mesh, AbstractMesh):
+        return mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-def weight_axes(mesh: Mesh) -> tuple[str, ...]:
+def weight_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes over which `fsdp` spreads weights: those named fsdp…, or all if none is."""
     names = axis_names(mesh)
     return tuple(name for name in names if name.startswith("fsdp")) or names
 
 
-def mark_sharded(model: nnx.Module, mesh: Mesh, *, stacked: bool = False) -> None:
+def mark_sharded(model: nnx.Module, mesh: Mesh | AbstractMesh, *, stacked: bool = False) -> None:
     """Note in each parameter's metadata along which axis `fsdp` shards it, over which of the mesh.
 
     That is the longer one of a matrix's two axes, or the other if the devices don't divide it; the
@@ -169,7 +171,10 @@ def mark_sharded(model: nnx.Module, mesh: Mesh, *, stacked: bool = False) -> Non
 
 
 def _spread(
-    mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], candidates: Sequence[int]
+    mesh: Mesh | AbstractMesh,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    candidates: Sequence[int],
 ) -> tuple[int, tuple[str, ...]] | None:
     """Which of an array's axes to spread, and over how many of the mesh's: as many as can be."""
     for count in range(len(axes), 0, -1):

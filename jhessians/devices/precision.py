@@ -64,10 +64,11 @@ def multiplying(name: str, mesh: Any = None) -> Iterator[None]:
     """
     import jax
 
-    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
-    # A device of another host can't be asked what it supports.
-    ours = [each for each in devices if each.process_index == jax.process_index()]
-    require_supported(name, (ours or devices)[0])
+    if not isinstance(mesh, jax.sharding.AbstractMesh):  # which has no devices to be asked
+        devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+        # A device of another host can't be asked what it supports.
+        ours = [each for each in devices if each.process_index == jax.process_index()]
+        require_supported(name, (ours or devices)[0])
     with jax.default_matmul_precision(MATMUL_PRECISIONS[name].jax):
         yield
 

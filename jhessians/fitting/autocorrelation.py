@@ -16,7 +16,7 @@ from jhessians.fitting.eigensolver import Task, decompose, seconds_of
 from jhessians.fitting.passes import run_pass
 from jhessians.fitting.reporting import Reporter, Silent
 from jhessians.folds.gram import Gram, JointGram
-from jhessians.folds.normalizers import Normalizer
+from jhessians.folds.normalizers import AdafactorNormalizer, AdamNormalizer, Normalizer
 from jhessians.folds.rows import GradientRows
 from jhessians.folds.second_moment import stack_normalizers
 from jhessians.linalg.eigen import Eigen
@@ -143,6 +143,45 @@ def row_operands(
             ]
             here["keys"] = place(keys[0] if site.members is None else np.stack(keys))
     return operands
+
+
+def row_operand_shapes(
+    problem: Problem, rows: GradientRows, *, joint: bool, normalizer: str
+) -> dict[str, dict[str, Any]]:
+    """Shapes of what `row_operands` makes.
+
+    Args:
+        problem: Linears and mesh.
+        rows: How a gradient becomes a row.
+        joint: Whether the modules' projections are summed.
+        normalizer: `adam`, `adafactor` or `none`.
+
+    Returns:
+        By site, rows padded to the devices.
+    """
+    devices = problem.mesh.size if problem.mesh else 1
+    found: dict[str, dict[str, Any]] = {}
+    for name, site in problem.sites.items():
+        stack = () if site.members is None else (len(site.members),)
+
+        def shape(*axes: int, dtype: Any = np.float32, stack: Any = stack) -> Any:
+            first = axes[0] + -axes[0] % devices
+            return jax.ShapeDtypeStruct((*stack, first, *axes[1:]), dtype)
+
+        here, o, i = found.setdefault(name, {}), site.out_features, site.in_features
+        bias = shape(o) if site.ones else None
+        moments: Normalizer | None = None
+        if normalizer == "adam":
+            moments = here["normalizer"] = AdamNormalizer(shape(o, i), bias)
+        elif normalizer == "adafactor":
+            moments = here["normalizer"] = AdafactorNormalizer(shape(o), shape(i), bias)
+        if rows.projection is not None:
+            module = site.module_names()[0]
+            keys = (
+                rows.global_keys(site, module) if joint else rows.matrix_keys(site, module, moments)
+            )
+            here["keys"] = shape(*keys.shape, dtype=keys.dtype)
+    return found
 
 
 class _Matrix(NamedTuple):

@@ -197,16 +197,17 @@ def _solved(
         return Eigen(*(np.full((task.dimension,) * n, np.nan, dtype) for n in (1, 2)))
 
 
-def seconds_of(dimensions: Iterable[int]) -> float:
-    """About how long one host takes to decompose matrices: measured, 16 core-seconds for 4096 rows.
+def seconds_of(dimensions: Iterable[int], cores: int | None = None) -> float:
+    """About how long cores take to decompose matrices: measured, 16 core-seconds for 4096 rows.
 
     Args:
         dimensions: Rows of each matrix.
+        cores: How many share the work; by default those that this process may use.
 
     Returns:
         Seconds.
     """
-    return 16 * sum((d / 4096) ** 3 for d in dimensions) / usable_cores()
+    return 16 * sum((d / 4096) ** 3 for d in dimensions) / (cores or usable_cores())
 
 
 def side_by_side(

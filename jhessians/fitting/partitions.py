@@ -63,6 +63,11 @@ def partition(sites: Mapping[str, Site], count: int) -> list[dict[str, Site]]:
     return found
 
 
+def unit_count(sites: Mapping[str, Site]) -> int:
+    """How many groups there can be at most."""
+    return len(_units(sites))
+
+
 def needed_partitions(
     sites: Mapping[str, Site],
     itemsize: int,

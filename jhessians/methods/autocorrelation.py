@@ -18,11 +18,12 @@ from jhessians.config.units import bytes_in_words
 from jhessians.errors import ConfigError
 from jhessians.fitting import arithmetic
 from jhessians.methods.autocorrelation_options import AutocorrelationOptions
-from jhessians.methods.method import Method
+from jhessians.methods.method import Method, PlannedPass
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from jhessians.capture.problem import Problem
     from jhessians.capture.site import Site
     from jhessians.folds.rows import GradientRows
     from jhessians.linalg.projection import Projection
@@ -52,21 +53,14 @@ class AutocorrelationMethod(Method):
         from jhessians.capture.sites import unshared
         from jhessians.fitting.autocorrelation import fit_autocorrelations
         from jhessians.fitting.normalizers import make_normalizers
-        from jhessians.folds.rows import GradientRows
         from jhessians.interop.processor import GradientProcessor
 
         options: AutocorrelationOptions = run.options
         problem = replace(run.problem, sites=unshared(run.problem.sites))
-        rows = GradientRows(
-            projection=projection_of(options),
-            tokens=options.attribute_tokens,
-            split=split_sites(options, problem.sites),
-            heads=max(1, options.num_heads),
-            dtype=run.dtype,
-        )
+        rows = rows_of(options, problem.sites, run.dtype)
         joint = options.projection_target == "global"
         if not joint:
-            _check_memory(run, problem.sites, rows)
+            _check_memory(run, problem.sites)
         normalizers = make_normalizers(
             problem,
             run.batches,
@@ -125,6 +119,60 @@ class AutocorrelationMethod(Method):
         )  # fmt: skip
         moments = arithmetic.second_moments(work.linears, work.lengths, draws=work.draws)
         return {"Normalizers": moments, "Grams": grams}
+
+    def passes(
+        self,
+        problem: Problem,
+        options: AutocorrelationOptions,
+        dtype: np.dtype,
+        *,
+        correct_eigenvalues: bool,
+    ) -> dict[str, PlannedPass]:
+        """Of the normalizers, where they are estimated, and of the Grams."""
+        from jhessians.capture.sites import unshared
+        from jhessians.fitting.autocorrelation import row_operand_shapes
+        from jhessians.folds.gram import Gram, JointGram
+        from jhessians.folds.second_moment import SecondMoment
+
+        problem = replace(problem, sites=unshared(problem.sites))
+        rows, joint = rows_of(options, problem.sites, dtype), options.projection_target == "global"
+        factored = options.normalizer == "adafactor"
+        passes = {}
+        estimated = options.normalizer != "none" and options.optimizer_state is None
+        if estimated:
+            moments = SecondMoment(factored=factored, dtype=dtype)
+            passes["Normalizers"] = PlannedPass(problem, moments, {}, dtype)
+        fold = JointGram(rows) if joint else Gram(rows)
+        normalizer = "none"
+        if estimated or options.optimizer_state is not None:
+            normalizer = "adafactor" if factored else "adam"
+        operands = row_operand_shapes(problem, rows, joint=joint, normalizer=normalizer)
+        passes["Grams"] = PlannedPass(problem, fold, operands, dtype)
+        return passes
+
+    def matrix_sizes(self, sites: Mapping[str, Site], options: AutocorrelationOptions) -> list[int]:
+        """Of every Gram."""
+        import numpy as np
+
+        if options.projection_target == "global":
+            return [options.projection_dim]
+        rows = rows_of(options, sites, np.dtype(np.float32))
+        return [
+            rows.unit_size(site)
+            for site in sites.values()
+            for module in site.module_names()
+            for _ in rows.unit_names(site, module)
+        ]
+
+    def result_numbers(
+        self,
+        sites: Mapping[str, Site],
+        options: AutocorrelationOptions,
+        *,
+        correct_eigenvalues: bool,
+    ) -> int:
+        """Of Grams, eigenvectors and eigenvalues."""
+        return sum(2 * size**2 + size for size in self.matrix_sizes(sites, options))
 
     def statistics_bytes(
         self,
@@ -189,6 +237,21 @@ def split_sites(options: AutocorrelationOptions, sites: Mapping[str, Site]) -> t
     return tuple(split)
 
 
+def rows_of(
+    options: AutocorrelationOptions, sites: Mapping[str, Site], dtype: np.dtype
+) -> GradientRows:
+    """How gradients become rows."""
+    from jhessians.folds.rows import GradientRows
+
+    return GradientRows(
+        projection=projection_of(options),
+        tokens=options.attribute_tokens,
+        split=split_sites(options, sites),
+        heads=max(1, options.num_heads),
+        dtype=dtype,
+    )
+
+
 def projection_of(options: AutocorrelationOptions) -> Projection | None:
     """The random matrices that the options ask for; None for whole gradients."""
     from jhessians.linalg.projection import Projection
@@ -203,18 +266,13 @@ def projection_of(options: AutocorrelationOptions) -> Projection | None:
     )
 
 
-def _check_memory(run: Run, sites: Mapping[str, Site], rows: GradientRows) -> None:
+def _check_memory(run: Run, sites: Mapping[str, Site]) -> None:
     """Say so before hours go into Grams that no disk will hold; refuse what no memory will.
 
     Raises:
         ConfigError: If the Grams and their eigenvectors exceed this host's memory.
     """
-    sizes = [
-        rows.unit_size(site)
-        for site in sites.values()
-        for module in site.module_names()
-        for _ in rows.unit_names(site, module)
-    ]
+    sizes = AUTOCORRELATION.matrix_sizes(sites, run.options)
     total = sum(size**2 for size in sizes) * run.dtype.itemsize
     if total < LARGE_BYTES:
         return

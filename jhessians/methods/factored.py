@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jhessians.fitting import arithmetic
-from jhessians.methods.method import Method
+from jhessians.methods.method import Method, PlannedPass
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from jhessians.capture.problem import Problem
     from jhessians.capture.site import Site
     from jhessians.folds.covariance import FactorFold
     from jhessians.methods.method import Run
@@ -99,6 +100,48 @@ class FactoredMethod(Method):
             "Covariances": work.count(self.factor_flop),
             "Eigenvalue correction": rotated.count(arithmetic.correction),
         }
+
+    def passes(
+        self, problem: Problem, options: Any, dtype: np.dtype, *, correct_eigenvalues: bool
+    ) -> dict[str, PlannedPass]:
+        """Covariances, and if it is wanted the eigenvalue correction."""
+        from jhessians.capture.sites import unshared
+        from jhessians.fitting.eigenbases import eigenvector_shapes
+        from jhessians.folds.correction import EigenvalueCorrection
+
+        fold = self.fold(options, dtype)
+        if not fold.shares_inputs:
+            problem = replace(problem, sites=unshared(problem.sites))
+        passes = {"Covariances": PlannedPass(problem, fold, {})}
+        if correct_eigenvalues:
+            vectors = eigenvector_shapes(problem, dtype)
+            correction = PlannedPass(problem, EigenvalueCorrection(dtype), vectors, dtype)
+            passes["Eigenvalue correction"] = correction
+        return passes
+
+    def matrix_sizes(self, sites: Mapping[str, Site], options: Any) -> list[int]:
+        """Of every distinct covariance."""
+        import numpy as np
+
+        from jhessians.capture.sites import unshared
+        from jhessians.fitting.eigenbases import covariance_matrices
+
+        shares = self.fold(options, np.dtype(np.float32)).shares_inputs
+        matrices = covariance_matrices(sites if shares else unshared(sites))
+        return [matrix.dimension for matrix in matrices]
+
+    def result_numbers(
+        self, sites: Mapping[str, Site], options: Any, *, correct_eigenvalues: bool
+    ) -> int:
+        """Of all kinds of factors."""
+        from math import prod
+
+        from jhessians.fitting.factors import kind_shapes
+
+        kinds = kind_shapes(sites)
+        if not correct_eigenvalues:
+            del kinds["eigenvalue_correction"]
+        return sum(prod(shape) for shapes in kinds.values() for shape in shapes.values())
 
     def statistics_bytes(
         self, sites: Mapping[str, Site], options: Any, dtype: np.dtype, *, partitions: int

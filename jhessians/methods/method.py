@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 if TYPE_CHECKING:  # JAX takes seconds to import: --help must not wait for it
     import numpy as np
 
+    from jhessians.capture.fold import Fold, JointFold
     from jhessians.capture.problem import Problem
     from jhessians.capture.site import Site
     from jhessians.data.batches import Batches
@@ -23,6 +24,22 @@ if TYPE_CHECKING:  # JAX takes seconds to import: --help must not wait for it
 @dataclass(frozen=True)
 class NoOptions:
     """The own options of a method that has none."""
+
+
+class PlannedPass(NamedTuple):
+    """A pass over the data that has not begun.
+
+    Attributes:
+        problem: The linears that it records.
+        fold: What is computed at each of them.
+        operands: Shapes of what the fold reads besides, by site.
+        dtype: Number format in which the fold multiplies; None for the model's.
+    """
+
+    problem: Problem
+    fold: Fold | JointFold
+    operands: Mapping[str, Any]
+    dtype: np.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +137,29 @@ class Method(ABC):
     @abstractmethod
     def flop(self, work: Work, options: Any) -> dict[str, float]:
         """FLOP that each pass needs besides going through the model, by the stage's name."""
+
+    @abstractmethod
+    def passes(
+        self, problem: Problem, options: Any, dtype: np.dtype, *, correct_eigenvalues: bool
+    ) -> dict[str, PlannedPass]:
+        """Every pass over the data, in order, by the stage's name; `plan` traces one step of each.
+
+        Args:
+            problem: Loss, linears, a model of shapes and a mesh that may be abstract.
+            options: The method's own.
+            dtype: Number format of the sums.
+            correct_eigenvalues: Whether the eigenvalue correction is wanted.
+        """
+
+    @abstractmethod
+    def matrix_sizes(self, sites: Mapping[str, Site], options: Any) -> list[int]:
+        """Rows of every matrix that is eigendecomposed."""
+
+    @abstractmethod
+    def result_numbers(
+        self, sites: Mapping[str, Site], options: Any, *, correct_eigenvalues: bool
+    ) -> int:
+        """How many numbers the finished fit has on disk."""
 
     @abstractmethod
     def statistics_bytes(

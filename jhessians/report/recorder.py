@@ -5,6 +5,7 @@ is counted, not measured, and the peak to compare with is measured on the run's 
 """
 
 import json
+import math
 import os
 import resource
 import sys
@@ -188,7 +189,7 @@ def gone_through(
     experts = model.config.experts
     share = experts.chosen / experts.count if experts else 1.0
     readers = {each.name: share for each in everything if each.routed}
-    head = (model.embedding if model.head is None else model.head)[...].size
+    head = math.prod((model.embedding if model.head is None else model.head).shape)
     weights = arithmetic.multiplied_weights(everything, head, readers)
 
     def of_lengths(lengths: np.ndarray) -> tuple[arithmetic.Work, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jhessians.commands.compute.config import ComputeConfig
+from jhessians.commands.output import check_json_file
 from jhessians.commands.score.hessian import options_of_run
 from jhessians.config.inherited import given, inherited
 from jhessians.config.inputs import InputOptions
@@ -182,10 +183,7 @@ class AdviseConfig(ConsoleOptions, HostOptions, _RunOptions, _AdviceOptions):
             self._check_file(Path(self.json))
 
     def _check_file(self, path: Path) -> None:
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ConfigError(f"--json {path} can't be written; give a file in an existing folder")
-        if path.exists() and not self.overwrite:
-            raise ConfigError(f"--json {path} exists; give another name, or --overwrite")
+        check_json_file(path, overwrite=self.overwrite)
         if path.resolve().is_relative_to(Path(self.run).resolve()):
             raise ConfigError(
                 f"--json {path} lies in the run, which is finished; give a file outside of it"

@@ -1,20 +1,16 @@
-"""All numbers of an advice, and the file that has them."""
+"""All numbers of an advice."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 from jhessians.commands.advise.halves import Examined
 from jhessians.influence.halves import ModuleAgreement
 from jhessians.influence.spectra import Curvature, Sides, dead_modules
-from jhessians.interop.rundir import output_error
 from jhessians.linalg.agreement import Products
 from jhessians.linalg.spectra import median
 from jhessians.version import __version__
@@ -160,27 +156,6 @@ def numbers(advice: Advice) -> dict[str, Any]:
         }
     found: dict[str, Any] = _finite(document)
     return found
-
-
-def write_numbers(advice: Advice, path: Path) -> None:
-    """Write them as JSON, whole or not at all.
-
-    Args:
-        advice: What is known.
-        path: The file, which is replaced.
-
-    Raises:
-        OutputError: If it can't be written.
-    """
-    text = json.dumps(numbers(advice), indent=1, ensure_ascii=False, allow_nan=False)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text + "\n", encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise output_error(error, path) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _dampings(examined: Examined) -> list[float]:

@@ -9,9 +9,10 @@ import jax
 
 from jhessians.commands.advise.config import AdviseConfig
 from jhessians.commands.advise.halves import examine
-from jhessians.commands.advise.numbers import Advice, write_numbers
+from jhessians.commands.advise.numbers import Advice, numbers
 from jhessians.commands.advise.words import render
 from jhessians.commands.hosts import join_hosts, require_same_files
+from jhessians.commands.output import write_json
 from jhessians.config.option import name_flags, options_of
 from jhessians.devices.hosts import together
 from jhessians.influence.inversion import Inverse
@@ -51,5 +52,5 @@ def advise(config: AdviseConfig) -> str | None:
     )  # fmt: skip
     with together():
         if first and config.json is not None:
-            write_numbers(advice, Path(config.json))
+            write_json(numbers(advice), Path(config.json))
     return render(advice) if first else None

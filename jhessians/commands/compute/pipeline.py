@@ -194,14 +194,7 @@ def load_problem(
         precision=config.precision, revision=config.revision, fsdp=config.fsdp,
         offload=config.offload == "weights",
     )  # fmt: skip
-    loss = NextTokenLoss(
-        labels="dataset" if config.takes_dataset_labels else "sampled",
-        reduction=config.gradient_reduction,
-        seed=config.seed,
-        draws=config.mc_samples,
-        function="log_odds" if config.loss_fn == "log_odds" else "cross_entropy",
-        label_smoothing=config.label_smoothing,
-    )
+    loss = loss_of(config)
     sites = find_linears(loss, model, inputs, config, progress.note)
     problem = Problem(
         loss, model, sites,
@@ -209,6 +202,18 @@ def load_problem(
         draws=config.mc_samples, matmul_precision=config.matmul_precision,
     )  # fmt: skip
     return problem, sites
+
+
+def loss_of(config: ComputeConfig) -> NextTokenLoss:
+    """The loss whose curvature the options ask for."""
+    return NextTokenLoss(
+        labels="dataset" if config.takes_dataset_labels else "sampled",
+        reduction=config.gradient_reduction,
+        seed=config.seed,
+        draws=config.mc_samples,
+        function="log_odds" if config.loss_fn == "log_odds" else "cross_entropy",
+        label_smoothing=config.label_smoothing,
+    )
 
 
 def _settled(
