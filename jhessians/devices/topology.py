@@ -61,6 +61,7 @@ def _describe_machine(kind: str, shape: str) -> None:
         chips *= int(size)
     accelerator, cores = _ACCELERATORS[kind]
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing on a chip is shared
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{accelerator}-{cores * chips}")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_WORKER_ID", "0")

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 import jhessians
+from jhessians.models import vocabulary
 from jhessians.models.config import (
     AttentionConfig,
     DecoderConfig,
@@ -24,11 +25,25 @@ from jhessians.models.config import (
     RopeConfig,
 )
 
-WIDTH, VOCABULARY, LENGTH, EXPERTS = 384, 32768, 1024, 64
+WIDTH, VOCABULARY, LENGTH, EXPERTS = 384, 32768, 128, 64
+INPUTS, OUTPUTS = 1365, 700  # a chip's rows are whole tiles nowhere
+WIDE, NARROW = 4095, 16  # for many chips
+LINEARS = {"linear": (INPUTS, OUTPUTS), "wide": (WIDE, NARROW)}
+vocabulary.SLICE_LOGITS = VOCABULARY * LENGTH // 8
+
+
+class One(nnx.Module):
+    """A single linear."""
+
+    def __init__(self, inputs, outputs, rngs):
+        self.linear = jhessians.Linear(inputs, outputs, dtype=jnp.bfloat16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(x)
 
 
 def decoder(experts: bool) -> jhessians.Decoder:
-    """The shapes of a decoder whose embedding and head outweigh all else; or whose experts do."""
+    """A decoder whose embedding and head outweigh all else; or whose experts do."""
     attention = AttentionConfig(
         heads=3, key_value_heads=3, head_size=128, fused="groups", bias=False, output_bias=False,
         ropes=(RopeConfig(128),),
@@ -39,28 +54,31 @@ def decoder(experts: bool) -> jhessians.Decoder:
         mlp=MLPConfig(WIDTH, "silu", "plain"),
         experts=ExpertsConfig(EXPERTS, 2, MLPConfig(WIDTH, "silu", "fused")) if experts else None,
     )  # fmt: skip
-    return nnx.eval_shape(lambda: jhessians.Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    return jhessians.Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
 
 
-def compiled(topology: str, *, axes: str | None, corrected: bool, experts: bool):
-    """The step of a pass, and its problem."""
-    devices = jhessians.topology_devices(topology)
-    mesh = jhessians.make_mesh(axes=axes, devices=devices)
-    model, n = decoder(experts), mesh.size
+def compiled(topology: str, kind: str, *, axes: str | None, corrected: bool):
+    """The step of a pass, and its mesh."""
+    mesh = jhessians.make_mesh(axes=axes, devices=jhessians.topology_devices(topology))
+    n, shape = mesh.size, jax.ShapeDtypeStruct
+    if kind in LINEARS:
+        inputs, outputs = LINEARS[kind]
+        model = nnx.eval_shape(lambda: One(inputs, outputs, nnx.Rngs(0)))
+        batch, loss = shape((n, LENGTH, inputs), jnp.bfloat16), lambda m, x: (m(x) ** 2).sum()
+    else:
+        model = nnx.eval_shape(lambda: decoder(kind == "experts"))
+        token, mask = shape((n, LENGTH), np.int32), shape((n, LENGTH), bool)
+        batch = jhessians.Batch(token, token, mask, shape((n,), np.int32))
+        loss = jhessians.NextTokenLoss("sampled")
     jhessians.mark_sharded(model, mesh)
-    token = jax.ShapeDtypeStruct((n, LENGTH), np.int32)
-    mask, number = (jax.ShapeDtypeStruct(*x) for x in (((n, LENGTH), bool), ((n,), np.int32)))
-    batch = jhessians.Batch(token, token, mask, number)
-    loss = jhessians.NextTokenLoss("sampled")
-    sites = jhessians.find_sites(
-        loss, model, batch, select=lambda name: "experts" not in name or not experts
-    )
+    chosen = lambda name: kind in LINEARS or "attention.output" in name  # noqa: E731
+    sites = jhessians.find_sites(loss, model, batch, select=chosen)
     problem = jhessians.Problem(loss, model, sites, mesh=mesh, activations="recompute")
+    fold, operands = jhessians.Covariance(), None
     if corrected:
         fold = jhessians.EigenvalueCorrection(jnp.float32)
         operands = jhessians.eigenvector_shapes(problem, jnp.float32)
-        return jhessians.Pass(fold, problem).lower(batch, operands=operands).compile(), mesh
-    return jhessians.Pass(jhessians.Covariance(), problem).lower(batch).compile(), mesh
+    return jhessians.Pass(fold, problem).lower(batch, operands=operands).compile(), mesh
 
 
 def collectives(text: str) -> dict[str, list[int]]:
@@ -76,17 +94,20 @@ def collectives(text: str) -> dict[str, list[int]]:
 def main() -> None:
     steps = {}
     for word in sys.argv[1:]:
-        topology, *more = word.split("/")
         started = time.monotonic()
+        topology, *more = word.split("/")
+        if not more:
+            mesh = jhessians.make_mesh(devices=jhessians.topology_devices(topology))
+            steps[word] = {"axes": list(mesh.devices.shape)}
+            continue
+        kind = more.pop(0)
         axes = next((each.removeprefix("axes=") for each in more if "axes" in each), None)
-        step, mesh = compiled(
-            topology, axes=axes, corrected="corrected" in more, experts="experts" in more
-        )
+        step, mesh = compiled(topology, kind, axes=axes, corrected="corrected" in more)
         print(word, f"{time.monotonic() - started:.1f} s", file=sys.stderr)
         steps[word] = {
             "axes": list(mesh.devices.shape),
             "collectives": collectives(step.as_text()),
-            "temporary": step.memory_analysis().temp_size_in_bytes,
+            "peak": step.memory_analysis().peak_memory_in_bytes,
         }
     print(json.dumps(steps))
 
