@@ -87,6 +87,9 @@ def machines_of(config: PlanConfig) -> Machines:
 def _axes(config: PlanConfig, factors: Sequence[int]) -> dict[str, int]:
     """The axes of the mesh: those of `--mesh`, or short ones.
 
+    Returns:
+        Name of each axis → how many devices lie along it.
+
     Raises:
         ConfigError: If those of `--mesh` don't multiply out.
     """

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jhessians.capture.site import Site
 from jhessians.commands.compute.pipeline import sum_dtype
 from jhessians.commands.plan.fit import AbstractFit, abstract_mesh, batch_shapes
+from jhessians.data.batching import Batch
 from jhessians.fitting import activations
 from jhessians.fitting.eigensolver import seconds_of
 from jhessians.fitting.memory import EIGENDECOMPOSITION, SHARE, StageBytes, stage_bytes
@@ -133,10 +135,19 @@ class Planner:
         between = self._between(group, steps[0].weights)
         return max(between.device_bytes, *(step.peak for step in steps))
 
-    def passes(self, group: Group, kind: str) -> dict[str, PlannedPass]:
-        """The passes over the data, by the stage's name; arguments are those of `steps`."""
+    def passes(self, group: Group, kind: str, mesh: Mesh | None = None) -> dict[str, PlannedPass]:
+        """The passes over the data.
+
+        Args:
+            group: The linears.
+            kind: What is done with activations.
+            mesh: Devices to compile for; by default what is known of the machines.
+
+        Returns:
+            By the stage's name.
+        """
         config = self.fit.config
-        problem = self.fit.problem(abstract_mesh(self.machines), kind)
+        problem = self.fit.problem(mesh or abstract_mesh(self.machines), kind)
         return config.chosen.passes(
             replace(problem, sites=group), config.method_options, self.dtype,
             correct_eigenvalues=config.corrects_eigenvalues,
@@ -153,7 +164,7 @@ class Planner:
         Returns:
             By the stage's name.
         """
-        batch = batch_shapes(*self._largest_shape(tokens))
+        batch = self.batch(tokens)
         return {
             name: step_of(
                 each.fold, each.problem, batch, operands=each.operands, dtype=self.dtype,
@@ -161,6 +172,10 @@ class Planner:
             )
             for name, each in self.passes(group, kind).items()
         }  # fmt: skip
+
+    def batch(self, tokens: int) -> Batch:
+        """The largest batch of all devices, as shapes."""
+        return batch_shapes(*self._largest_shape(tokens))
 
     def settled_activations(self, group: Group, tokens: int) -> str:
         """`store` or `recompute`, as `compute` would choose.
