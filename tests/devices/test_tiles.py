@@ -2,9 +2,16 @@
 
 import math
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
+import jhessians
+from jhessians.capture import traversal
 from jhessians.devices.tiles import LANES, LARGEST_PIECE, padded_share
+from tests import small
+from tests.small import relative_error
 
 # Rows and columns of a chip's share, and the mesh: of 8B and 70B models on 16 to 256 chips.
 SHARES = [
@@ -29,3 +36,41 @@ def test_shares_divide_into_pieces_of_whole_tiles(share, sizes):
 def test_small_ones_and_those_that_fit_are_left_alone():
     assert padded_share((86, 4096), (4, 4)) == (86, 4096)
     assert padded_share((2, 233), (4, 4, 4, 4)) == (2, 233)
+
+
+class One(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = jhessians.Linear(1365, 700, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(x)
+
+
+def test_sums_are_the_same_with_padding(monkeypatch):
+    """As if the CPU's devices were TPUs: a device's 30 rows are filled up to 32."""
+    model = small.fill(lambda: One(nnx.Rngs(0)))
+    batch = np.random.default_rng(0).standard_normal((8, 3, 1365)).astype(np.float32)
+
+    def loss(model, x):
+        return 0.5 * jnp.sum(model(x) ** 2)
+
+    sites = jhessians.find_sites(loss, model, batch)
+
+    def sums(mesh):
+        fold = jhessians.Covariance()
+        problem = jhessians.Problem(loss, model, sites, mesh=mesh)
+        found = jhessians.unpack(fold, problem, jhessians.run_pass(fold, problem, [batch]))
+        return {name: np.asarray(x) for name, x in found["linear"].items()}
+
+    expected = sums(None)
+    monkeypatch.setattr(traversal, "platform_of", lambda mesh: "tpu")
+    calls = []
+    filled_share = jhessians.Context.filled_share
+    monkeypatch.setattr(
+        jhessians.Context, "filled_share",
+        lambda self, *given: calls.append(filled_share(self, *given)) or calls[-1],
+    )  # fmt: skip
+    found = sums(jhessians.make_mesh(8, axes="4x2"))
+    assert (32, 700) in calls
+    for name, x in expected.items():
+        assert relative_error(found[name], x) < 1e-6
