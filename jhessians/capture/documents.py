@@ -151,6 +151,8 @@ class PerDocumentJointly:
 class DocumentContext(Context):
     """The context of folds that sum nothing: each device keeps the rows of its own documents."""
 
-    def scatter_rows(self, x: Float[Array, "r *rest"]) -> Float[Array, "r *rest"]:
+    def scatter_rows(
+        self, x: Float[Array, "r *rest"], kept: tuple[int, ...] | None = None
+    ) -> Float[Array, "r *rest"]:
         """`x` itself: the rows of this device's documents, which no other device adds to."""
         return x

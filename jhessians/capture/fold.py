@@ -17,6 +17,9 @@ from jhessians.capture.site import Site
 from jhessians.devices.tiles import padded_share
 from jhessians.typing import Array, Float, PyTree, Shaped
 
+MOST_FILLED = 1.1
+"""How many times the arithmetic it may cost to fill up a device's rows of a product."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -55,11 +58,32 @@ class Context:
             x = lax.all_gather(x, axis, axis=0, tiled=True)
         return x[:rows]
 
-    def scatter_rows(self, x: Float[Array, "r *rest"]) -> Float[Array, "local *rest"]:
+    def filled_share(self, rows: int, columns: int) -> tuple[int, int]:
+        """To what a device's rows of a product are filled up in its operands, which costs less.
+
+        Args:
+            rows: Of float32, as all sums on TPUs are.
+            columns: Likewise.
+
+        Returns:
+            Whole tiles that `scatter_rows` need not fill up; what was given, where that is too far.
+        """
+        sizes = tuple(lax.axis_size(axis) for axis in self.axes)
+        more, wider = padded_share((rows, columns), sizes)
+        more += -more % 8
+        return (
+            more if more <= MOST_FILLED * rows else rows,
+            wider if wider <= MOST_FILLED * columns else columns,
+        )
+
+    def scatter_rows(
+        self, x: Float[Array, "r *rest"], kept: tuple[int, ...] | None = None
+    ) -> Float[Array, "local *rest2"]:
         """This device's rows of the sum of `x` over devices.
 
         Args:
             x: What this device adds to all rows.
+            kept: The shape of a device's rows, if `x` is filled up beyond that.
 
         Returns:
             As many rows on each device: they are padded with zeros to a multiple of the devices.
@@ -77,7 +101,7 @@ class Context:
             x = jnp.pad(x, [(0, 0)] * len(sizes) + more)
         for axis in self.axes:
             x = lax.psum_scatter(x, axis, scatter_dimension=0)
-        return x[tuple(slice(n) for n in share)]
+        return x[tuple(slice(n) for n in kept or share)]
 
     def all_documents(self, x: Shaped[Array, "n *rest"]) -> Shaped[Array, "all *rest"]:
         """Gather what the devices have of their documents.

@@ -305,7 +305,8 @@ def add_scattered(
 
     def add(total: Array, x: Array) -> Array:
         x = x.astype(total.dtype)
-        rows = context.scatter_rows(x if context.weight == 1 else x * context.weight)
+        kept = total.shape if slot is None else total.shape[1:]
+        rows = context.scatter_rows(x if context.weight == 1 else x * context.weight, kept)
         return total + rows if slot is None else total.at[slot].add(rows)
 
     return jax.tree.map(add, statistics, term)

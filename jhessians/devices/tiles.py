@@ -2,7 +2,7 @@
 
 A TPU keeps an array in tiles of 4 KiB. XLA makes a reduce-scatter only where each chip's share can
 be divided into 2, 4, 8… pieces of whole tiles that are not too large; otherwise every chip gets the
-sum of all shares. Measured with libtpu 0.0.42.1 for v5e, v5p, v6e; see tests/devices/test_tpu.py.
+sum of all shares. Measured with libtpu 0.0.42.1 for v5e, v5p and v6e (tests/devices/test_tpu.py).
 """
 
 import math

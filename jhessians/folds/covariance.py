@@ -103,8 +103,9 @@ class Covariance(FactorFold):
     def _gram(self, x: Float[Array, "n s d"], context: Context) -> tuple[Array, ...]:
         counted = None if context.mask is None else context.mask.reshape(-1)
         return packed_gram(
-            x.reshape(-1, x.shape[-1]), counted=counted, multiple=context.shards, dtype=self.dtype
-        )
+            x.reshape(-1, x.shape[-1]), counted=counted, multiple=context.shards, dtype=self.dtype,
+            filled=context.filled_share if context.tiled else None,
+        )  # fmt: skip
 
 
 def two_digits(count: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "2"]:

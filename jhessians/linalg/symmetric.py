@@ -7,13 +7,16 @@ out of x, so more blocks need not be faster: measured on 2 cores in steps of mod
 to 768, 4 blocks saved less than their copies cost, and 2 were slower for the widest model.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jhessians.typing import Array, Bool, DTypeLike, Float
+
+Filling = Callable[[int, int], tuple[int, int]]
+"""(rows, columns) → as many or more of either."""
 
 BLOCKS = 3
 SMALLEST = 512  # measured on CPU: below, the smaller products cost more than the halves save
@@ -37,9 +40,10 @@ def packed_gram(
     counted: Bool[Array, " r"] | None = None,
     multiple: int = 1,
     dtype: DTypeLike | None = None,
+    filled: Filling | None = None,
 ) -> tuple[Float[Array, "_ _"], ...]:
     """The packed Gram matrix xᵀx; arguments as in `packed_product`."""
-    return packed_product(x, x, counted=counted, multiple=multiple, dtype=dtype)
+    return packed_product(x, x, counted=counted, multiple=multiple, dtype=dtype, filled=filled)
 
 
 def packed_product(
@@ -49,6 +53,7 @@ def packed_product(
     counted: Bool[Array, " r"] | None = None,
     multiple: int = 1,
     dtype: DTypeLike | None = None,
+    filled: Filling | None = None,
 ) -> tuple[Float[Array, "_ _"], ...]:
     """xᵀy packed, of which the caller knows that it is symmetric.
 
@@ -59,9 +64,11 @@ def packed_product(
         multiple: The rows of each block are padded with zeros to a multiple of this, so that
             they divide among devices. The operand is padded, which costs less than the product.
         dtype: Number format of the running sum, by default that of x.
+        filled: Gives the rows and columns to which a device's rows and columns are filled up with
+            zeros, again in the operands; by default they aren't.
 
     Returns:
-        One array per block, (padded rows, d - first row).
+        One array per block, (padded rows, d - first row); filled up, if so wanted.
     """
     dtype = jnp.dtype(dtype or x.dtype)
     if dtype.itemsize > 4:
@@ -73,8 +80,15 @@ def packed_product(
             left = jnp.where(counted[:, None], left, 0)
         if missing := -(stop - start) % multiple:
             left = jnp.pad(left, ((0, 0), (0, missing)))
+        right = y[:, start:]
+        if filled is not None:
+            share, columns = left.shape[1] // multiple, right.shape[1]
+            more, wider = filled(share, columns)
+            left = left.reshape(-1, multiple, share)
+            left = jnp.pad(left, ((0, 0), (0, 0), (0, more - share))).reshape(len(left), -1)
+            right = jnp.pad(right, ((0, 0), (0, wider - columns)))
         over_rows = (((0,), (0,)), ((), ()))
-        blocks.append(lax.dot_general(left, y[:, start:], over_rows, preferred_element_type=dtype))
+        blocks.append(lax.dot_general(left, right, over_rows, preferred_element_type=dtype))
     return tuple(blocks)
 
 
