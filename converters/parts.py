@@ -44,11 +44,11 @@ class Parts:
             self._unread = True
             return
         here = {_key(shard.index, array.shape): shard.data for shard in array.addressable_shards}
-        sums = [_sums(here[key]) for key in mine]
+        sums = [_known(here[key]) for key in mine]
         self._mine.update(b"".join(sums))
         if mine != of_next:
             assert read is not None
-            sums = [_sums(jnp.asarray(read(index))) for index in of_next.values()]
+            sums = [_known(read(index)) for index in of_next.values()]
         self._of_next.update(b"".join(sums))
 
     def know(self, words: str) -> None:
@@ -77,5 +77,11 @@ def _key(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     return tuple((start, stop) for start, stop, _ in bounds)
 
 
-def _sums(part: jax.Array) -> bytes:
-    return np.asarray(sums_of_bits(part)).tobytes()
+def _known(part: jax.Array | np.ndarray) -> bytes:
+    """A hash of a part, made where it lies; all hosts have one kind of devices."""
+    if jax.default_backend() == "cpu":  # nothing is copied, and nothing compiled
+        whole = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        digest = hashlib.sha256(repr(part.shape).encode())
+        digest.update(whole.data)
+        return digest.digest()
+    return np.asarray(sums_of_bits(jnp.asarray(part))).tobytes()
