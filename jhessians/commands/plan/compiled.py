@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jhessians.commands.plan.planner import Planner
 from jhessians.devices.mesh import make_mesh
 from jhessians.devices.topology import topology_devices
@@ -30,5 +32,6 @@ def compiled_steps(planner: Planner, plan: Plan) -> dict[str, int]:
     for name, each in planner.passes(group, plan.activations, mesh).items():
         work = Pass(each.fold, each.problem, dtype=planner.dtype)
         step = work.lower(batch, operands=each.operands).compile()
-        found[name] = int(step.memory_analysis().peak_memory_in_bytes)
+        analysis: Any = step.memory_analysis()
+        found[name] = int(analysis.peak_memory_in_bytes)
     return found
