@@ -19,6 +19,7 @@ ELSEWHERE = {
     "files.py": "the one place",
     "hold.py": "the mark of a run, which only our runs write",
     "memory.py": "the kernel's own files",
+    "place.py": "the kernel's own files",
     "recorder.py": "the kernel's own files",
     "work.py": "the demo's own data",
     "companions.py": "what transformers has just written into a temporary folder",

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from jhessians.capture.site import Site
+from jhessians.devices.mesh import AnyMesh
 from jhessians.devices.precision import HIGHEST
 from jhessians.typing import Array, Float, Shaped
 
@@ -95,7 +95,7 @@ class Problem:
     model: nnx.Module
     sites: Mapping[str, Site]
     mask: Callable[[Any], Array | np.ndarray | None] = position_mask
-    mesh: Mesh | None = None
+    mesh: AnyMesh | None = None
     draws: int = 1
     matmul_precision: str = HIGHEST
     activations: Activations | None = None

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jhessians.capture.checks import require_fit, require_shapes
@@ -28,7 +28,13 @@ from jhessians.capture.shards import gather_weights
 from jhessians.capture.site import Operands, Site, Statistics
 from jhessians.capture.tape import Tape
 from jhessians.capture.taps import add_scattered
-from jhessians.devices.mesh import axis_names, parameter_specs, platform_of, where_explicit
+from jhessians.devices.mesh import (
+    AnyMesh,
+    axis_names,
+    parameter_specs,
+    platform_of,
+    where_explicit,
+)
 from jhessians.devices.precision import multiplying
 from jhessians.typing import Array, DTypeLike, Float, PyTree
 
@@ -184,7 +190,7 @@ def accumulate(
         )(*arguments)
 
 
-def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree[P]:
+def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: AnyMesh) -> PyTree[P]:
     """The specs of statistics and operands, which are sharded by rows.
 
     Rows are the first axis or, in a stack, the axis behind the member axis; of `Matrices` the next.
@@ -212,7 +218,7 @@ def row_specs(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) 
     return {name: specs(name, tree) for name, tree in arrays.items()}
 
 
-def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Mesh) -> PyTree:
+def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: AnyMesh) -> PyTree:
     """The shardings that `row_specs` describes, as `NamedSharding`s; arguments as there."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
@@ -222,7 +228,7 @@ def row_shardings(sites: Mapping[str, Site], arrays: Mapping[str, Any], mesh: Me
 
 
 def shaped_rows(
-    sites: Mapping[str, Site], shapes: Mapping[str, Any], mesh: Mesh | None
+    sites: Mapping[str, Site], shapes: Mapping[str, Any], mesh: AnyMesh | None
 ) -> PyTree[jax.ShapeDtypeStruct]:
     """Shapes of statistics or operands, with their shardings if there is a mesh.
 
@@ -243,7 +249,7 @@ def shaped_rows(
     )
 
 
-def _context(fold: Fold | JointFold, mesh: Mesh | None) -> Context:
+def _context(fold: Fold | JointFold, mesh: AnyMesh | None) -> Context:
     summed = not isinstance(fold, PerDocument | PerDocumentJointly)
     form = Context if summed else DocumentContext
     if mesh is None:

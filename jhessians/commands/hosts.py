@@ -33,6 +33,7 @@ from jhessians.devices.hosts import (
 )
 from jhessians.devices.watch import name_of
 from jhessians.errors import OutputError
+from jhessians.files import open_input, read_text
 from jhessians.interop.manifest import read_manifest
 from jhessians.version import __version__
 
@@ -106,7 +107,7 @@ def _sources() -> str:
     for package in (jhessians, converters):
         root = Path(str(package.__file__)).parent
         for path in sorted(root.rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+            digest.update(f"{path.relative_to(root)}\n{read_text(path)}".encode())
     return digest.hexdigest()
 
 
@@ -154,7 +155,7 @@ def _reads(path: Path, token: str) -> bool:
     try:
         for folder in (path.parent.parent, path.parent):
             os.listdir(folder)  # or NFS says for a while what was there before
-        return path.read_text(encoding="utf-8") == token
+        return read_text(path) == token
     except OSError:
         return False
 
@@ -185,7 +186,7 @@ def _known_by(path: Path) -> str:
             continue
         size = each.stat().st_size
         digest.update(f"{each.relative_to(path)} {size} ".encode())
-        with each.open("rb") as file:
+        with open_input(each) as file:
             digest.update(file.read(_ENDS))
             file.seek(max(0, size - _ENDS))
             digest.update(file.read(_ENDS))

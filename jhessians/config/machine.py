@@ -46,9 +46,9 @@ class DeviceOptions:
     mesh: str | None = option(
         None,
         "How the devices are arranged, for those who know better: sizes of axes such as 4x2, whose "
-        "product is their number; or with --fsdp such as data=4,fsdp=2, which spreads the weights "
-        "over fsdp and copies them along data (data=4x4,fsdp=4x2 gives each several axes). Axes of "
-        "8 or more make TPUs sum every factor whole.",
+        "product is their number; or, for weights that are spread, such as data=4,fsdp=2, which "
+        "spreads them over fsdp and copies them along data (data=4x4,fsdp=4x2 gives each several "
+        "axes). Axes of 8 or more make TPUs sum every factor whole.",
         group=MACHINE,
         metavar="AXES",
         default_text="short axes that follow the devices' wiring",

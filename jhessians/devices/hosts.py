@@ -18,6 +18,7 @@ from jhessians.devices.mesh import in_host_memory
 from jhessians.devices.place import waiting
 from jhessians.devices.watch import is_watched, loss, name_of, watch
 from jhessians.errors import MeshError, UserError
+from jhessians.files import parse_json
 from jhessians.typing import Array
 
 LATER = 60
@@ -143,7 +144,7 @@ def require_equal(values: Mapping[str, Any], remedy: str) -> None:
     """
     if processes() == 1:
         return
-    everyones = [json.loads(line) for line in exchange(json.dumps(values))]
+    everyones = [parse_json(line) for line in exchange(json.dumps(values))]
     for name in everyones[0]:
         shown = [json.dumps(each.get(name), ensure_ascii=False) for each in everyones]
         _require_one(f"{name} differs", dict(enumerate(shown)), remedy, shown=True)

@@ -8,7 +8,7 @@ short one. Weights are spread over all axes too, or over those named `fsdp` wher
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
@@ -21,6 +21,12 @@ from jhessians.errors import MeshError
 from jhessians.typing import Array, PyTree
 
 SMALLEST_SHARD = 128  # elements of a parameter per device, under which it is copied to all
+if TYPE_CHECKING:  # all that computes needs devices
+    AnyMesh: TypeAlias = Mesh
+else:
+    AnyMesh = Mesh | AbstractMesh
+"""Devices; or only how many there are along each axis, which is enough to trace a computation."""
+
 LONGEST_OF_OTHERS = 8
 """Devices along an axis of what isn't a TPU: a machine's GPUs, as a rule."""
 
@@ -123,25 +129,25 @@ def _short_axes(grid: np.ndarray) -> np.ndarray:
     return divided.transpose(np.argsort(distance, kind="stable"))
 
 
-def axis_names(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+def axis_names(mesh: AnyMesh) -> tuple[str, ...]:
     """All axes, in the order in which they shard rows."""
     return tuple(mesh.axis_names)
 
 
-def platform_of(mesh: Mesh | AbstractMesh | None) -> str:
+def platform_of(mesh: AnyMesh | None) -> str:
     """Of the mesh's devices, or of the one that JAX takes by default: cpu, tpu, cuda or rocm."""
     if isinstance(mesh, AbstractMesh):
         return mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-def weight_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+def weight_axes(mesh: AnyMesh) -> tuple[str, ...]:
     """The axes over which `fsdp` spreads weights: those named fsdp…, or all if none is."""
     names = axis_names(mesh)
     return tuple(name for name in names if name.startswith("fsdp")) or names
 
 
-def mark_sharded(model: nnx.Module, mesh: Mesh | AbstractMesh, *, stacked: bool = False) -> None:
+def mark_sharded(model: nnx.Module, mesh: AnyMesh, *, stacked: bool = False) -> None:
     """Note in each parameter's metadata along which axis `fsdp` shards it, over which of the mesh.
 
     That is the longer one of a matrix's two axes, or the other if the devices don't divide it; the
@@ -171,7 +177,7 @@ def mark_sharded(model: nnx.Module, mesh: Mesh | AbstractMesh, *, stacked: bool 
 
 
 def _spread(
-    mesh: Mesh | AbstractMesh,
+    mesh: AnyMesh,
     axes: tuple[str, ...],
     shape: tuple[int, ...],
     candidates: Sequence[int],
@@ -185,7 +191,7 @@ def _spread(
     return None
 
 
-def parameter_specs(state: nnx.State, mesh: Mesh) -> PyTree[P]:
+def parameter_specs(state: nnx.State, mesh: AnyMesh) -> PyTree[P]:
     """One spec per parameter, in the structure of `state`."""
 
     def spec(variable: Any) -> Any:
@@ -200,7 +206,7 @@ def parameter_specs(state: nnx.State, mesh: Mesh) -> PyTree[P]:
     return jax.tree.map(spec, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def parameter_shapes_on(state: nnx.State, mesh: Mesh | None) -> nnx.State:
+def parameter_shapes_on(state: nnx.State, mesh: AnyMesh | None) -> nnx.State:
     """The shapes among a model's variables, with shardings where they have none; arrays as is.
 
     Args:
@@ -220,7 +226,7 @@ def parameter_shapes_on(state: nnx.State, mesh: Mesh | None) -> nnx.State:
     )  # fmt: skip
 
 
-def where_explicit(mesh: Mesh, specs: PyTree[P], arguments: Any) -> Any:
+def where_explicit(mesh: AnyMesh, specs: PyTree[P], arguments: Any) -> Any:
     """Move the arguments of a `shard_map` where the mesh's axes are explicit: JAX won't do it.
 
     Args:

@@ -22,6 +22,7 @@ from typing import Any
 from jhessians.devices import ending
 from jhessians.devices.place import Place, Watcher
 from jhessians.devices.stalls import Seen, stalled
+from jhessians.files import parse_json
 
 PATIENCE = 15.0
 """Seconds in which a process may end by itself, with an error of its own, once another is gone."""
@@ -136,7 +137,7 @@ class _Line:
         except OSError:
             data = b""
         *lines, self._rest = (self._rest + data).split(b"\n")
-        return [json.loads(line) for line in lines] if data else None
+        return [parse_json(line) for line in lines] if data else None
 
 
 def _watch_all(listener: socket.socket, count: int, secret: bytes, seconds: float) -> None:

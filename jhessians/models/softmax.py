@@ -143,12 +143,14 @@ def _backward_rule(softcap, residuals, g):
         logits, slope = _logits(softcap, block, key[:, :, :stop], terms, _back(start, stop))
         weights = jnp.exp(logits - normalizer[..., start:stop, None])
         narrow = weights.astype(value.dtype)
-        values = values.at[:, :, :stop].add(jnp.einsum("ngqst,ngqsd->ngtd", narrow, g_block))
+        of_values = jnp.einsum("ngqst,ngqsd->ngtd", narrow, g_block)
+        values = values.at[:, :, :stop].add(of_values.astype(wide))
         of_weights = jnp.einsum("ngqsd,ngtd->ngqst", g_block, value[:, :, :stop]).astype(wide)
         of_logits = weights * (of_weights - mean[..., start:stop, None])
         of_logits = (of_logits * slope).astype(key.dtype)
         queries.append(jnp.einsum("ngqst,ngtd->ngqsd", of_logits, key[:, :, :stop]))
-        keys = keys.at[:, :, :stop].add(jnp.einsum("ngqst,ngqsd->ngtd", of_logits, block))
+        of_keys = jnp.einsum("ngqst,ngqsd->ngtd", of_logits, block)
+        keys = keys.at[:, :, :stop].add(of_keys.astype(wide))
     sinks = None
     if terms.sinks is not None:
         share = jnp.exp(terms.sinks.astype(wide)[None, :, :, None] - normalizer)

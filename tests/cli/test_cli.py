@@ -109,7 +109,7 @@ def test_both_spellings_of_every_option():
     needs["split_attention_modules"] = sizes
     for each in options_of(ComputeConfig):
         value = each.choices[-1] if each.choices else values[each.value_type]
-        value = {"head_dim": "2", "method": "shampoo"}.get(each.name, value)
+        value = {"head_dim": "2", "method": "shampoo", "mesh": "4x2"}.get(each.name, value)
         context = ["r", "--model", "m", "--dataset", "d", *needs.get(each.name, [])]
         for name in {each.name, each.name.replace("_", "-")}:
             spaced = parse_compute([*context, f"--{name}", value])

@@ -10,7 +10,8 @@ from jhessians.fitting.partitions import unit_count
 from jhessians.planning.plan import Plan
 
 ROOM = 2
-"""A batch so many times as large as the planned one is worth a word."""
+"""A batch so many times as large is worth a word, where the network takes more than one part in so
+many of the rest's time."""
 
 
 def advise(planner: Planner, plan: Plan) -> list[str]:
@@ -23,36 +24,38 @@ def advise(planner: Planner, plan: Plan) -> list[str]:
     Returns:
         One for each thing to change; none if all is well.
     """
-    group = planner.largest_group(plan.partitions)
-    largest = planner.largest_batch(group)
     if not plan.fits:
-        return _make_it_fit(planner, plan, largest)
+        return _make_it_fit(planner, plan)
     network = sum(stage.seconds.get("network", 0.0) for stage in plan.stages)
     others = sum(
         max((time for what, time in stage.seconds.items() if what != "network"), default=0.0)
         for stage in plan.stages
     )
-    found = []
-    if largest is not None and largest >= ROOM * plan.token_batch_size and network > others / 2:
-        found.append(
-            f"--token_batch_size {largest} fits, too, and would divide the traffic between devices "
-            f"by {largest / plan.token_batch_size:.3g}: a step's doesn't grow with its tokens"
-        )
-    return found
+    if network <= others / ROOM:
+        return []
+    largest = planner.largest_batch(planner.largest_group(plan.partitions))
+    if largest is None or largest < ROOM * plan.token_batch_size:
+        return []
+    return [
+        f"--token_batch_size {largest} fits, too, and would divide the traffic between devices by "
+        f"{largest / plan.token_batch_size:.3g}: a step's doesn't grow with its tokens"
+    ]
 
 
-def _make_it_fit(planner: Planner, plan: Plan, largest: int | None) -> list[str]:
+def _make_it_fit(planner: Planner, plan: Plan) -> list[str]:
     """What would make the fit smaller, the cheapest first."""
-    budget = bytes_in_words(plan.budget)
     if plan.peak <= plan.budget:
         return [
             "a host's memory is too small for one eigendecomposition of the largest matrix; take "
             "hosts with more"
         ]
-    found = [f"It doesn't fit: {bytes_in_words(plan.peak)} of the {budget} that a device has"]
+    found: list[str] = []
     config = planner.fit.config
-    if largest is not None and largest < plan.token_batch_size:
-        return [*found, f"--token_batch_size {largest} would fit"]
+    largest = planner.largest_batch(
+        planner.largest_group(plan.partitions), most=plan.token_batch_size // 2
+    )
+    if largest is not None:
+        return [f"--token_batch_size {largest} would fit"]
     if not config.fsdp and plan.machines.count > 1:
         spread = replace(planner.fit, config=replace(config, fsdp=True))
         less = Planner(spread, plan.machines).peak(

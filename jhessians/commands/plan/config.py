@@ -17,7 +17,7 @@ MACHINES = "machines"
 
 _LEFT_OUT = {
     *names_of(ConsoleOptions, ProfileOptions, SavingOptions),
-    "run_path", "model", "world_size", "num_shards", "timeout_minutes", "join_minutes",
+    "run_path", "model", "world_size", "num_shards", "timeout_minutes", "join_minutes", "offload",
 }  # fmt: skip
 _TAKEN = tuple(name for name in names_of(ComputeConfig) if name not in _LEFT_OUT)
 _FitOptions: Any = some_of("_FitOptions", ComputeConfig, _TAKEN)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import converters.hub
 import converters.registry
@@ -23,7 +23,7 @@ from jhessians.commands.problem import data_options, read_tokenizer
 from jhessians.commands.selection import select_sites
 from jhessians.data.batching import Batch, BatchPlan, plan_batches
 from jhessians.data.sources import load_documents
-from jhessians.devices.mesh import mark_sharded
+from jhessians.devices.mesh import AnyMesh, mark_sharded
 from jhessians.errors import ConfigError
 from jhessians.interop.layout import DTYPES
 from jhessians.models.config import DecoderConfig
@@ -70,7 +70,7 @@ class AbstractFit:
             max_length=self.shape.positions,
         )  # fmt: skip
 
-    def problem(self, mesh: Mesh | AbstractMesh | None, activations: str) -> Problem:
+    def problem(self, mesh: AnyMesh | None, activations: str) -> Problem:
         """What all passes have in common.
 
         Args:
@@ -158,7 +158,7 @@ def batch_shapes(rows: int, length: int) -> Batch:
     return found  # type: ignore[no-any-return]
 
 
-def abstract_mesh(machines: Machines) -> AbstractMesh | None:
+def abstract_mesh(machines: Machines) -> Any:
     """A mesh of devices that aren't there; None for a single one."""
     if machines.count == 1:
         return None
