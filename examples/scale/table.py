@@ -87,8 +87,24 @@ documents of 512, bfloat16 weights, `--fsdp`, activations recomputed, 4 x 512 to
 step. GiB of a device: the estimate{", and in brackets XLA's own account" if compile else ""}. Times
 take products at half of the makers' peaks.
 
-{table(["model", "slice", "covariances, GiB", "between", "correction", "of the memory",
-        "covariances", "eigendecompositions", "correction", "in all", "disk"], rows)}
+{
+        table(
+            [
+                "model",
+                "slice",
+                "covariances, GiB",
+                "between",
+                "correction",
+                "of the memory",
+                "covariances",
+                "eigendecompositions",
+                "correction",
+                "in all",
+                "disk",
+            ],
+            rows,
+        )
+    }
 
 ## Weak scaling
 

@@ -29,7 +29,6 @@ WIDTH, VOCABULARY, LENGTH, EXPERTS = 384, 32768, 128, 64
 INPUTS, OUTPUTS = 1365, 700  # a chip's rows are whole tiles nowhere
 WIDE, NARROW = 4095, 16  # for many chips
 LINEARS = {"linear": (INPUTS, OUTPUTS), "wide": (WIDE, NARROW)}
-vocabulary.SLICE_LOGITS = VOCABULARY * LENGTH // 8
 
 
 class One(nnx.Module):
@@ -92,6 +91,7 @@ def collectives(text: str) -> dict[str, list[int]]:
 
 
 def main() -> None:
+    vocabulary.SLICE_LOGITS = VOCABULARY * LENGTH // 8
     steps = {}
     for word in sys.argv[1:]:
         started = time.monotonic()

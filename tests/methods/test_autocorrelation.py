@@ -405,9 +405,9 @@ def test_large_grams_are_announced(monkeypatch):
     run = SimpleNamespace(
         options=config, dtype=np.dtype(np.float32), progress=SimpleNamespace(warn=said.append)
     )
-    _check_memory(run, qkv(), GradientRows())
+    _check_memory(run, qkv())
     assert not said
-    _check_memory(run, qkv(in_features=4096, out_features=4096), GradientRows())
+    _check_memory(run, qkv(in_features=4096, out_features=4096))
     assert "give --projection_dim, such as 16" in said[0] and len(said) == 1
 
 
