@@ -40,7 +40,7 @@ def plan(model: str, topology: str, *more: str) -> dict:
         command = [sys.executable, "-m", "jhessians", "plan", str(HERE / "models" / model),
                    "--topology", topology, *COMMON, *more, "--json", str(path)]  # fmt: skip
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return json.loads(path.read_text())
+        return json.loads(path.read_text()) | {"model": model}
 
 
 def row(model: str, topology: str, more: tuple[str, ...], found: dict) -> list[str]:
