@@ -31,6 +31,7 @@ from jhessians.errors import CheckpointError, ConfigError
 from jhessians.fitting import activations
 from jhessians.interop.layout import DTYPES
 from jhessians.models.config import DecoderConfig
+from jhessians.models.loss import NextTokenLoss
 from jhessians.report.progress import Progress
 
 
@@ -207,6 +208,23 @@ def load_model(
         ).model
     require_same_in_turn("weights", *model.origin.parts)
     return model
+
+
+def gradient_loss(config: GradientOptions) -> NextTokenLoss:
+    """The loss whose gradients are wanted themselves, not a curvature that is quadratic in them.
+
+    Args:
+        config: The options.
+
+    Returns:
+        On the data set's own labels.
+    """
+    return NextTokenLoss(
+        labels="dataset",
+        reduction="sum" if config.loss_reduction == "sum" else "mean_gradient",
+        function="log_odds" if config.loss_fn == "log_odds" else "cross_entropy",
+        label_smoothing=config.label_smoothing,
+    )
 
 
 def find_linears(

@@ -15,7 +15,7 @@ from jhessians.commands.advise.config import AdviseConfig
 from jhessians.commands.advise.data import Part, divide, part
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.compute.pipeline import load_problem, sum_dtype
-from jhessians.commands.problem import read_inputs, settled_activations
+from jhessians.commands.problem import gradient_loss, read_inputs, settled_activations
 from jhessians.config.units import count_in_words
 from jhessians.data.batches import Batches
 from jhessians.devices.hosts import together
@@ -31,7 +31,6 @@ from jhessians.influence.halves import ModuleAgreement, compare
 from jhessians.interop.load import FactorStore
 from jhessians.linalg.eigen import ordered_map, usable_cores
 from jhessians.methods.factored import FactoredMethod
-from jhessians.models.loss import NextTokenLoss
 from jhessians.report.progress import Progress
 
 KEPT = ("gradient_eigenvectors", "activation_eigenvectors", "eigenvalue", "eigenvalue_correction")
@@ -106,7 +105,7 @@ def examine(config: AdviseConfig, store: FactorStore, progress: Progress) -> Exa
     with together():
         require_factors(problem.sites, store)
     problem = _with_activations(problem, fit, whole, mesh, progress)
-    own = replace(problem, loss=_loss_of_queries(fit), draws=1)
+    own = replace(problem, loss=gradient_loss(fit), draws=1)
     with progress.stage("Gradients of queries"):
         vectors = map_documents(
             DocumentGradients(), own, Batches(queries.documents, queries.plan),
@@ -143,16 +142,6 @@ def _groups(fit: ComputeConfig, problem: Problem, mesh: Mesh | None) -> int:
             shares_inputs=fit.chosen.shares_inputs(fit.method_options),
         )  # fmt: skip
     return fit.module_partitions
-
-
-def _loss_of_queries(fit: ComputeConfig) -> NextTokenLoss:
-    """As scores' gradients are made: on the data's own labels."""
-    return NextTokenLoss(
-        labels="dataset",
-        reduction="sum" if fit.loss_reduction == "sum" else "mean_gradient",
-        function="log_odds" if fit.loss_fn == "log_odds" else "cross_entropy",
-        label_smoothing=fit.label_smoothing,
-    )
 
 
 def _compared(

@@ -33,6 +33,7 @@ from jhessians.commands.output import output_folder
 from jhessians.commands.problem import (
     Inputs,
     find_linears,
+    gradient_loss,
     load_model,
     read_inputs,
     require_parameter_order,
@@ -58,7 +59,6 @@ from jhessians.interop.export import write_config
 from jhessians.interop.layout import DTYPES, TOTAL_FILE
 from jhessians.interop.processor import GradientProcessor
 from jhessians.interop.shards import raise_together
-from jhessians.models.loss import NextTokenLoss
 from jhessians.report.progress import Progress
 from jhessians.report.summary import Summary, measure_trees
 
@@ -158,12 +158,7 @@ def _load_problem(
         inputs, mesh, progress,
         precision=config.precision, revision=config.revision, fsdp=config.fsdp,
     )  # fmt: skip
-    loss = NextTokenLoss(
-        labels="dataset",
-        reduction="sum" if config.loss_reduction == "sum" else "mean_gradient",
-        function="log_odds" if config.loss_fn == "log_odds" else "cross_entropy",
-        label_smoothing=config.label_smoothing,
-    )
+    loss = gradient_loss(config)
     sites = find_linears(loss, model, inputs, config, progress.note)
     problem = Problem(
         loss, model, unshared(sites),

@@ -18,6 +18,7 @@ from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.problem import (
     Inputs,
     find_linears,
+    gradient_loss,
     load_model,
     read_batches,
     read_inputs,
@@ -40,7 +41,6 @@ from jhessians.influence.metric import Metric
 from jhessians.influence.queries import query_bytes
 from jhessians.influence.row_metrics import metric_of
 from jhessians.interop.score_store import ScoreStore
-from jhessians.models.loss import NextTokenLoss
 from jhessians.report.progress import Progress
 
 SHARE = 0.5
@@ -220,13 +220,7 @@ def _problem(
     model = load_model(
         inputs, mesh, progress, precision=run.precision, revision=run.revision, fsdp=run.fsdp
     )
-    loss = NextTokenLoss(
-        labels="dataset",
-        # The gradient itself is wanted here, not a curvature that is quadratic in it.
-        reduction="sum" if run.loss_reduction == "sum" else "mean_gradient",
-        function="log_odds" if run.loss_fn == "log_odds" else "cross_entropy",
-        label_smoothing=run.label_smoothing,
-    )
+    loss = gradient_loss(run)
     sites = find_linears(loss, model, inputs, run, progress.note)
     return Problem(
         loss, model, sites, mesh=mesh if mesh.size > 1 else None,
