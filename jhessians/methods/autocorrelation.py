@@ -150,6 +150,18 @@ class AutocorrelationMethod(Method):
         passes["Grams"] = PlannedPass(problem, fold, operands, dtype)
         return passes
 
+    def between_bytes(
+        self,
+        sites: Mapping[str, Site],
+        options: AutocorrelationOptions,
+        dtype: np.dtype,
+        *,
+        devices: int,
+        hosts: int,
+    ) -> int:
+        """Of the Grams; their eigenpairs stay on the hosts."""
+        return self.statistics_bytes(sites, options, dtype, partitions=1) // devices
+
     def matrix_sizes(self, sites: Mapping[str, Site], options: AutocorrelationOptions) -> list[int]:
         """Of every Gram."""
         import numpy as np

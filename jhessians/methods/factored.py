@@ -90,12 +90,8 @@ class FactoredMethod(Method):
 
     def flop(self, work: arithmetic.Work, options: Any) -> dict[str, float]:
         """Of the passes for the factors and for the eigenvalue correction."""
-        from jhessians.capture.sites import unshared
-
-        rotated = work
-        if not self.shares_inputs(options):
-            sites: Any = {each.name: each for each in work.linears}
-            rotated = replace(work, linears=list(unshared(sites).values()))
+        sites: Any = {each.name: each for each in work.linears}
+        rotated = replace(work, linears=list(self._fitted(sites, options).values()))
         return {
             "Covariances": work.count(self.factor_flop),
             "Eigenvalue correction": rotated.count(arithmetic.correction),
@@ -105,30 +101,44 @@ class FactoredMethod(Method):
         self, problem: Problem, options: Any, dtype: np.dtype, *, correct_eigenvalues: bool
     ) -> dict[str, PlannedPass]:
         """Covariances, and if it is wanted the eigenvalue correction."""
-        from jhessians.capture.sites import unshared
         from jhessians.fitting.eigenbases import eigenvector_shapes
         from jhessians.folds.correction import EigenvalueCorrection
 
-        fold = self.fold(options, dtype)
-        if not fold.shares_inputs:
-            problem = replace(problem, sites=unshared(problem.sites))
-        passes = {"Covariances": PlannedPass(problem, fold, {})}
+        problem = replace(problem, sites=self._fitted(problem.sites, options))
+        passes = {"Covariances": PlannedPass(problem, self.fold(options, dtype), {})}
         if correct_eigenvalues:
             vectors = eigenvector_shapes(problem, dtype)
             correction = PlannedPass(problem, EigenvalueCorrection(dtype), vectors, dtype)
             passes["Eigenvalue correction"] = correction
         return passes
 
+    def between_bytes(
+        self,
+        sites: Mapping[str, Site],
+        options: Any,
+        dtype: np.dtype,
+        *,
+        devices: int,
+        hosts: int,
+    ) -> int:
+        """Of covariances that are still to be read, eigenvectors, and matrices on their way."""
+        from jhessians.fitting.memory import stage_bytes
+
+        sites = self._fitted(sites, options)
+        return stage_bytes(sites.values(), dtype.itemsize, devices=devices, hosts=hosts).between
+
     def matrix_sizes(self, sites: Mapping[str, Site], options: Any) -> list[int]:
         """Of every distinct covariance."""
-        import numpy as np
-
-        from jhessians.capture.sites import unshared
         from jhessians.fitting.eigenbases import covariance_matrices
 
-        shares = self.fold(options, np.dtype(np.float32)).shares_inputs
-        matrices = covariance_matrices(sites if shares else unshared(sites))
+        matrices = covariance_matrices(self._fitted(sites, options))
         return [matrix.dimension for matrix in matrices]
+
+    def _fitted(self, sites: Mapping[str, Site], options: Any) -> Mapping[str, Site]:
+        """The linears as they are fitted: with activation matrices of their own, if need be."""
+        from jhessians.capture.sites import unshared
+
+        return sites if self.shares_inputs(options) else unshared(sites)
 
     def result_numbers(
         self, sites: Mapping[str, Site], options: Any, *, correct_eigenvalues: bool

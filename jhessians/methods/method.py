@@ -152,6 +152,26 @@ class Method(ABC):
         """
 
     @abstractmethod
+    def between_bytes(
+        self,
+        sites: Mapping[str, Site],
+        options: Any,
+        dtype: np.dtype,
+        *,
+        devices: int,
+        hosts: int,
+    ) -> int:
+        """Bytes of statistics on each device while matrices are eigendecomposed, at most.
+
+        Args:
+            sites: The linears that are fitted at once.
+            options: The method's own.
+            dtype: Number format of the sums.
+            devices: Over which rows are spread, of all hosts.
+            hosts: Between which matrices move.
+        """
+
+    @abstractmethod
     def matrix_sizes(self, sites: Mapping[str, Site], options: Any) -> list[int]:
         """Rows of every matrix that is eigendecomposed."""
 

@@ -116,6 +116,15 @@ def test_every_kind_of_method(model, tmp_path, method):
         "autocorrelation": ["Normalizers", "Grams", "Eigendecompositions"],
     }.get(method, ["Covariances", "Eigendecompositions"])
     assert all(stage["device_bytes"] > 0 and stage["time"] > 0 for stage in found["stages"])
+    between = found["stages"][-1]["parts"]["statistics"]
+    if method == "autocorrelation":  # Grams of 8² x 8², of 7 linears in 8 layers
+        assert between == 8 * 7 * 64**2 * 4 // 4
+    else:  # eigenvectors, on 4 devices; where inputs are shared, those of one A for all
+        gradients = (512, 256, 256, 512, 1024, 1024, 512)
+        inputs = (512, 512, 512, 512, 512, 512, 1024)
+        inputs = inputs if method == "shampoo" else (512, 512, 512, 1024)
+        vectors = 8 * sum(d * d for d in (*gradients, *inputs)) * 4 / 4
+        assert vectors <= between < 1.2 * vectors
 
 
 def test_bad_input(model, tmp_path, capsys):

@@ -36,7 +36,6 @@ class AbstractFit:
 
     Attributes:
         config: Its options.
-        settings: transformers' config of the model.
         shape: The decoder's dimensions.
         model: The decoder, whose parameters are shapes.
         sites: The linears that the options take in.
@@ -44,7 +43,6 @@ class AbstractFit:
     """
 
     config: ComputeConfig
-    settings: Any
     shape: DecoderConfig
     model: nnx.Module
     sites: Mapping[str, Site]
@@ -127,7 +125,7 @@ def read_fit(config: PlanConfig, note: Callable[[str], None]) -> AbstractFit:
     sites = select_sites(everything, fit, family.base_prefix, note)
     modules = [each for site in sites.values() for each in site.module_names()]
     fit = replace(fit, **fit.chosen.settled(fit.method_options, modules))
-    return AbstractFit(fit, settings, shape, model, dict(sites), lengths)
+    return AbstractFit(fit, shape, model, dict(sites), lengths)
 
 
 def _lengths(config: PlanConfig, fit: ComputeConfig, name: str, shape: DecoderConfig) -> np.ndarray:

@@ -16,7 +16,7 @@ from jhessians.commands.plan.fit import AbstractFit, abstract_mesh, batch_shapes
 from jhessians.data.batching import Batch
 from jhessians.fitting import activations
 from jhessians.fitting.eigensolver import seconds_of
-from jhessians.fitting.memory import EIGENDECOMPOSITION, SHARE, StageBytes, stage_bytes
+from jhessians.fitting.memory import EIGENDECOMPOSITION, SHARE
 from jhessians.fitting.partitions import partition, unit_count
 from jhessians.interop.layout import DTYPES
 from jhessians.methods.method import PlannedPass
@@ -84,9 +84,7 @@ class Planner:
 
     def largest_group(self, partitions: int) -> Group:
         """Of so many groups the one that takes most memory."""
-        return max(
-            partition(self.fit.sites, partitions), key=lambda group: max(self._statistics(group))
-        )
+        return max(partition(self.fit.sites, partitions), key=self._between_bytes)
 
     def fewest_partitions(self, tokens: int) -> int:
         """The fewest groups whose largest fits each device.
@@ -216,7 +214,7 @@ class Planner:
         """The eigendecompositions, while the model stays where it is."""
         config, device = self.fit.config, self.machines.device
         sizes = config.chosen.matrix_sizes(self.fit.sites, config.method_options)
-        statistics = self._statistics(group).between
+        statistics = self._between_bytes(group)
         each = EIGENDECOMPOSITION * max(sizes) ** 2
         at_once = int(SHARE * device.host_memory / each) if device.host_memory else 1
         at_once = max(
@@ -231,9 +229,10 @@ class Planner:
             host_bytes=at_once * each, seconds=seconds,
         )  # fmt: skip
 
-    def _statistics(self, group: Group) -> StageBytes:
-        return stage_bytes(
-            group.values(), self.dtype.itemsize,
+    def _between_bytes(self, group: Group) -> int:
+        config = self.fit.config
+        return config.chosen.between_bytes(
+            group, config.method_options, self.dtype,
             devices=self.machines.count, hosts=self.machines.hosts,
         )  # fmt: skip
 
