@@ -6,7 +6,7 @@ tensor. Where parameters are sharded, a host reads the slices that its own devic
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from converters import adapters, flax_checkpoint, hub, matching, registry, rules
 from converters.flax_checkpoint import FlaxCheckpoint
 from converters.origin import LoadedModel, Origin
 from converters.parts import Parts
-from converters.reader import SlicedTensor, StoredTensor, open_checkpoint
+from converters.reader import StoredTensor, open_checkpoint
+from converters.slices import entry_reader, stack_reader
 from jhessians.devices.mesh import mark_sharded, parameter_specs
 from jhessians.devices.offloading import in_host, is_in_host, may_lie_in_host
 from jhessians.errors import CheckpointError, NumericsError
@@ -232,11 +233,11 @@ def _fill(
         sharding = _sharding(mesh, spec)
         array: Array | None = None
         here = {
-            index: _whole_reader(names, wanted, stored, dtype, variable.shape[-1])
+            index: entry_reader(names, wanted, stored, dtype, variable.shape[-1])
             for index, names in entries[".".join(map(str, path))].items()
         }
         if path in offloaded:
-            read = _stack_reader(here, variable.shape, dtype)
+            read = stack_reader(here, variable.shape, dtype)
             array = jax.make_array_from_callback(
                 variable.shape, in_host(sharding), read, dtype=dtype
             )
@@ -278,53 +279,6 @@ def _sharding(mesh: Mesh | None, spec: tuple | None, leading: int = 0) -> Shardi
     return None if mesh is None or spec is None else NamedSharding(mesh, P(*spec[leading:]))
 
 
-def _reader(
-    tensor: StoredTensor, transform: rules.Transform, dtype: np.dtype
-) -> Callable[[rules.Slices], rules.Values]:
-    """Reads slices of an entry of ours: from the file no more than those, where that can be."""
-
-    def converted(values: rules.Values) -> rules.Values:
-        with np.errstate(over="ignore"):  # infinity is found out on the devices
-            return transform.to_ours(values).astype(dtype, copy=False)
-
-    slices = transform.slices
-    if slices is not None and isinstance(tensor, SlicedTensor):
-        return lambda index: converted(tensor.read_slice(slices(index)))
-    whole = cache(lambda: converted(tensor.read()))
-    return lambda index: whole()[index]
-
-
-def _whole_reader(
-    names: list[str],
-    wanted: Mapping[str, rules.Home],
-    stored: Mapping[str, StoredTensor],
-    dtype: np.dtype,
-    columns: int,
-) -> Callable[[rules.Slices], rules.Values]:
-    """Reads slices of an entry of ours that one tensor holds, or several side by side."""
-    names.sort(key=lambda name: wanted[name].part)
-    parts = [_reader(stored[name], wanted[name].transform, dtype) for name in names]
-    return parts[0] if len(parts) == 1 else _side_by_side(parts, columns)
-
-
-def _side_by_side(
-    readers: Sequence[Callable[[rules.Slices], rules.Values]], columns: int
-) -> Callable[[rules.Slices], rules.Values]:
-    """Reads slices of an entry whose columns several tensors share equally."""
-    width = columns // len(readers)
-
-    def read(index: rules.Slices) -> rules.Values:
-        start, stop, _ = index[-1].indices(columns)
-        pieces = [
-            reader((*index[:-1], slice(max(start - k * width, 0), min(stop - k * width, width))))
-            for k, reader in enumerate(readers)
-            if start < (k + 1) * width and stop > k * width
-        ]
-        return np.concatenate(pieces, axis=-1)
-
-    return read
-
-
 def _place(
     read: Callable[[rules.Slices], rules.Values], shape: tuple[int, ...], sharding: Sharding | None
 ) -> Array:
@@ -332,33 +286,6 @@ def _place(
     if sharding is None:
         return jnp.asarray(read((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, lambda index: read(index or ()))
-
-
-def _stack_reader(
-    entries: Mapping[tuple[int, ...], Callable[[rules.Slices], rules.Values]],
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-) -> Callable[[Any], np.ndarray]:
-    """Reads slices of a parameter of which every entry is a tensor.
-
-    Args:
-        entries: Index of an entry, on axes that no slice cuts → what reads slices of it.
-        shape: Of the whole parameter.
-        dtype: Number format.
-
-    Returns:
-        What reads.
-    """
-
-    def read(slices: Any) -> np.ndarray:
-        slices = slices or (slice(None),) * len(shape)
-        found = np.empty([len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)],
-                         dtype)  # fmt: skip
-        for index, entry in entries.items():
-            found[index] = entry(slices[len(index) :])
-        return found
-
-    return read
 
 
 def _is_finite_here(array: Array) -> bool:
