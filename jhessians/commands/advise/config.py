@@ -10,10 +10,16 @@ from typing import Any
 from jhessians.commands.compute.config import ComputeConfig
 from jhessians.commands.output import check_json_file
 from jhessians.commands.score.hessian import options_of_run
-from jhessians.config.inherited import given, inherited
+from jhessians.config.inherited import given, inherited, some_of
 from jhessians.config.inputs import InputOptions
 from jhessians.config.inversion import INVERSE
-from jhessians.config.machine import MACHINE, OUTPUT, ConsoleOptions, HostOptions, MachineOptions
+from jhessians.config.machine import (
+    OUTPUT,
+    ConsoleOptions,
+    DeviceOptions,
+    HostOptions,
+    MachineOptions,
+)
 from jhessians.config.option import check, option, options_of
 from jhessians.errors import CheckpointError, ConfigError
 
@@ -26,6 +32,7 @@ _OF_THE_RUN = (
 _RunOptions: Any = inherited(
     "_RunOptions", (InputOptions, MachineOptions), _OF_THE_RUN, source="the run"
 )
+_Devices: Any = some_of("_Devices", DeviceOptions, ("world_size", "mesh"))
 GRID = ("1e-5", "1e-4", "1e-3", "1e-2", "1e-1", "1")
 
 
@@ -71,15 +78,6 @@ class _AdviceOptions:
         "The one whose inverse the halves are compared by, and the damped condition number is of.",
         group=INVERSE, metavar="C", minimum=0.0,
     )  # fmt: skip
-    world_size: int | None = option(
-        None, "Devices to use.",
-        group=MACHINE, value_type="integer", metavar="N", unit="devices", minimum=1,
-        default_text="all devices",
-    )  # fmt: skip
-    mesh: str | None = option(
-        None, "How the devices are arranged: sizes of axes, as of `compute --help`.",
-        group=MACHINE, metavar="AXES", default_text="short axes that follow the devices' wiring",
-    )  # fmt: skip
     json: str | None = option(
         None, "Write all numbers, module by module, to this file.",
         group=OUTPUT, metavar="PATH", default_text="no file",
@@ -87,7 +85,7 @@ class _AdviceOptions:
 
 
 @dataclass(frozen=True)
-class AdviseConfig(ConsoleOptions, HostOptions, _RunOptions, _AdviceOptions):
+class AdviseConfig(ConsoleOptions, HostOptions, _Devices, _RunOptions, _AdviceOptions):
     """Everything that `advise` depends on, besides what the run says.
 
     Raises:

@@ -14,12 +14,13 @@ from jhessians.commands.score.refinement_options import (
     RefinementOptions,
     check_refinement,
 )
-from jhessians.config.inherited import given, inherited, names_of, prefixed
+from jhessians.config.inherited import given, inherited, names_of, prefixed, some_of
 from jhessians.config.inputs import InputOptions
 from jhessians.config.inversion import InversionOptions
 from jhessians.config.machine import (
     MACHINE,
     ConsoleOptions,
+    DeviceOptions,
     HostOptions,
     MachineOptions,
     ProfileOptions,
@@ -45,6 +46,7 @@ _RunOptions: Any = inherited(
     "_RunOptions", (InputOptions, NumberOptions, StatisticsOptions, MachineOptions), _OF_THE_RUN,
     source=RUNS,
 )  # fmt: skip
+_Devices: Any = some_of("_Devices", DeviceOptions, ("world_size", "mesh"))
 OF_QUERIES = ("split", "subset", "prompt_column", "completion_column", "conversation_column",
               "truncation")  # fmt: skip
 _QueryOptions: Any = prefixed(
@@ -134,15 +136,6 @@ class _QuerySetOptions:
         group=MACHINE, value_type="integer", metavar="N", unit="queries", minimum=1,
         default_text="as many as half of the free memory holds",
     )  # fmt: skip
-    world_size: int | None = option(
-        None, "Devices to use.",
-        group=MACHINE, value_type="integer", metavar="N", unit="devices", minimum=1,
-        default_text="all devices",
-    )  # fmt: skip
-    mesh: str | None = option(
-        None, "How the devices are arranged: sizes of axes, as of `compute --help`.",
-        group=MACHINE, metavar="AXES", default_text="short axes that follow the devices' wiring",
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,6 +144,7 @@ class ScoreConfig(
     SavingOptions,
     HostOptions,
     ProfileOptions,
+    _Devices,
     _RunOptions,
     InversionOptions,
     RefinementOptions,
